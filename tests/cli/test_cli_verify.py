@@ -2,6 +2,7 @@
 
 import psycopg
 import pytest
+import sqlalchemy
 
 from beatless import App
 from beatless.cli import run
@@ -9,9 +10,15 @@ from beatless.testing import Kit
 from beatless.verify import verify, verify_all
 
 
-def found(app: App, run_ids: list[str] | None = None) -> list[tuple[str, str]]:
+def found(app: App) -> list[tuple[str, str]]:
     with app.engine.connect() as connection:
-        violations = verify(connection, app.settings.schema, run_ids)
+        return found_on(connection, app.settings.schema)
+
+
+def found_on(
+    connection: sqlalchemy.Connection, schema: str, run_ids: list[str] | None = None
+) -> list[tuple[str, str]]:
+    violations = verify(connection, schema, run_ids)
     return sorted({(violation.invariant, violation.run_id) for violation in violations})
 
 
@@ -73,19 +80,19 @@ UPDATE run_events SET type = 'StepStarted' WHERE run_id = 'r' AND seq = 3""",
 }
 
 
-@pytest.mark.parametrize("what", PLANTED)
 @pytest.mark.usefixtures("finished")
-def test_a_planted_violation_is_found(
-    beatless_app: App, postgres: psycopg.Connection, what: str
-) -> None:
-    invariant = what.split()[0]
+def test_a_planted_violation_is_found(beatless_app: App, subtests: pytest.Subtests) -> None:
     assert found(beatless_app) == []
+    schema = beatless_app.settings.schema
+    for what, planted in PLANTED.items():
+        invariant = what.split()[0]
+        with subtests.test(what), beatless_app.engine.connect() as connection:
+            connection.exec_driver_sql(f"SET LOCAL search_path TO {schema}")
+            connection.exec_driver_sql(planted)  # and taken back at the end of the block
 
-    postgres.execute(PLANTED[what])
-
-    assert found(beatless_app) == [(invariant, "r")]
-    assert found(beatless_app, ["r"]) == [(invariant, "r")]
-    assert found(beatless_app, ["other", "waits"]) == []
+            assert found_on(connection, schema) == [(invariant, "r")]
+            assert found_on(connection, schema, ["r"]) == [(invariant, "r")]
+            assert found_on(connection, schema, ["other", "waits"]) == []
 
 
 @pytest.mark.usefixtures("finished")

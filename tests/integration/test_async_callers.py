@@ -103,18 +103,19 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("begin", KINDS.values(), ids=KINDS)
 def test_every_call_is_made_in_the_transaction_of_an_asynchronous_caller(
-    beatless_app: App, begin: Begin
+    beatless_app: App, subtests: pytest.Subtests
 ) -> None:
-    async def main() -> None:
+    async def main(begin: Begin) -> None:
         async with begin(beatless_app) as connection:
             await act(beatless_app, connection)
             assert await beatless_app.client.alist_runs(connection=connection)
             assert await beatless_app.client.alist_runs() == []  # nothing is committed
         assert await beatless_app.client.alist_runs() == []
 
-    asyncio.run(main())
+    for kind, begin in KINDS.items():
+        with subtests.test(kind):
+            asyncio.run(main(begin))
 
 
 def test_without_a_connection_each_call_is_a_transaction_itself(beatless_app: App) -> None:

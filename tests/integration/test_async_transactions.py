@@ -16,6 +16,7 @@ from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 
 from beatless import App, AsyncStepContext, Plan, RunContext, RunState, plan, retry, step
 from beatless.testing import Kit
+from beatless.testing.names import own_tables
 
 Body = Callable[[AsyncStepContext], Awaitable[Any]]
 Make = Callable[..., Kit]
@@ -24,16 +25,12 @@ Make = Callable[..., Kit]
 @pytest.fixture
 def make(beatless_app: App, postgres: psycopg.Connection, tmp_path: Path) -> Iterator[Make]:
     """A kit whose plan `one` is a transactional step with this body, and a table `written`."""
+    postgres.execute(f"SET search_path TO {own_tables(beatless_app.settings.schema)}")
     postgres.execute("CREATE TABLE written (word text)")
-    schema = postgres.execute("SELECT current_schema()").fetchone()[0]
     with ExitStack() as kits:
 
         def made(body: Body, **options: Any) -> Kit:
-            async def in_schema(ctx: AsyncStepContext) -> Any:
-                await ctx.connection.exec_driver_sql(f"SET LOCAL search_path TO {schema}")
-                return await body(ctx)
-
-            one = step(name="body", transactional=True, **options)(in_schema)
+            one = step(name="body", transactional=True, **options)(body)
 
             @plan("called")
             async def called(run: RunContext) -> Any:

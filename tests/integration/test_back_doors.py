@@ -246,57 +246,57 @@ def beatless_plans() -> list[Plan]:
 
 
 @pytest.mark.parametrize("plan", ["plain", "transactional"])
-@pytest.mark.parametrize("door", DOORS)
 def test_whatever_a_body_raises_is_a_failure_with_type_message_and_traceback(
-    beatless: Kit, door: str, plan: str
+    beatless: Kit, subtests: pytest.Subtests, plan: str
 ) -> None:
-    run = beatless.start_run(plan, {"door": door})
+    runs = {door: beatless.start_run(plan, {"door": door}) for door in DOORS}
 
-    assert beatless.work_until_idle() == 1
+    assert beatless.work_until_idle() == len(runs)
 
-    types = ["RunStarted", "StepStarted", "StepFailed", "RunFinished"]
-    assert beatless.event_types(run.run_id) == types
-    error = beatless.client.get_run(run.run_id).error
-    with pytest.raises(BaseException) as raised:
-        DOORS[door][0]()
-    assert error["type"] == type(raised.value).__name__
-    assert error["message"].startswith(DOORS[door][1])
-    assert error["step"] == plan
-    assert "in leave" in error["traceback"]
-    assert calls == [plan]
+    for door, run in runs.items():
+        with subtests.test(door):
+            types = ["RunStarted", "StepStarted", "StepFailed", "RunFinished"]
+            assert beatless.event_types(run.run_id) == types
+            error = beatless.client.get_run(run.run_id).error
+            with pytest.raises(BaseException) as raised:
+                DOORS[door][0]()
+            assert error["type"] == type(raised.value).__name__
+            assert error["message"].startswith(DOORS[door][1])
+            assert error["step"] == plan
+            assert "in leave" in error["traceback"]
+    assert calls == [plan] * len(runs)
     beatless.verify()
 
 
 CODE_OF_PLANS = ("in_child", "in_map", "at_once", "in_function", "in_async_function", "in_input")
 
 
-@pytest.mark.parametrize(
-    ("door", "name"),
-    [
-        (door, name)
+@pytest.mark.parametrize("name", CODE_OF_PLANS)
+def test_whatever_the_code_of_a_plan_raises_fails_its_run_with_type_message_and_traceback(
+    beatless: Kit, subtests: pytest.Subtests, name: str
+) -> None:
+    """Of its function, of its input's type, and of what gives its children their inputs."""
+    doors = [
+        door
         for door in DOORS
-        for name in CODE_OF_PLANS
         if door != "stop iteration"
         # `asyncio.run` is refused in a coroutine, and so in the function of an async plan.
         and (door, name) != ("asyncio", "in_async_function")
-    ],
-)
-def test_whatever_the_code_of_a_plan_raises_fails_its_run_with_type_message_and_traceback(
-    beatless: Kit, door: str, name: str
-) -> None:
-    """Of its function, of its input's type, and of what gives its children their inputs."""
-    run = beatless.start_run(name, {"door": door})
+    ]
+    runs = {door: beatless.start_run(name, {"door": door}) for door in doors}
     in_worker.append(True)
 
     beatless.work_until_idle()
 
-    ended = beatless.client.get_run(run.run_id)
-    with pytest.raises(BaseException) as raised:
-        DOORS[door][0]()
-    assert ended.state is RunState.FAILED
-    assert ended.error["type"] == type(raised.value).__name__
-    assert ended.error["message"].startswith(DOORS[door][1])
-    assert "in leave" in ended.error["traceback"]
+    for door, run in runs.items():
+        with subtests.test(door):
+            ended = beatless.client.get_run(run.run_id)
+            with pytest.raises(BaseException) as raised:
+                DOORS[door][0]()
+            assert ended.state is RunState.FAILED
+            assert ended.error["type"] == type(raised.value).__name__
+            assert ended.error["message"].startswith(DOORS[door][1])
+            assert "in leave" in ended.error["traceback"]
     beatless.verify()
 
 
@@ -309,14 +309,12 @@ def test_a_result_of_a_function_that_leaves_while_it_is_written_fails_its_run(
     assert beatless.client.get_run(run.run_id).error["message"] == "in the encoder"
 
 
-@pytest.mark.parametrize("door", DOORS)
-def test_a_function_that_leaves_so_while_it_is_left_at_a_wait_waits_on(
-    beatless: Kit, door: str
-) -> None:
-    run = beatless.start_run("in_cleanup", {"door": door})
+def test_a_function_that_leaves_so_while_it_is_left_at_a_wait_waits_on(beatless: Kit) -> None:
+    runs = {door: beatless.start_run("in_cleanup", {"door": door}) for door in DOORS}
     beatless.work_until_idle()
 
-    assert beatless.client.get_run(run.run_id).state is RunState.WAITING
+    found = {door: beatless.client.get_run(run.run_id).state for door, run in runs.items()}
+    assert found == dict.fromkeys(DOORS, RunState.WAITING)
 
 
 @pytest.mark.parametrize("name", CODE_OF_PLANS)
@@ -335,16 +333,20 @@ def test_who_ends_the_process_in_the_code_of_a_plan_fails_no_run(beatless: Kit, 
     beatless.verify()
 
 
-@pytest.mark.parametrize("door", ["exit", "panic", "asyncio", "no cancel"])
-def test_retry_decides_about_it_as_about_any_failure(beatless: Kit, door: str) -> None:
-    run = beatless.start_run("again", {"door": door, "failures": 1})
+def test_retry_decides_about_it_as_about_any_failure(beatless: Kit) -> None:
+    runs = {
+        door: beatless.start_run("again", {"door": door, "failures": 1}).run_id
+        for door in ("exit", "panic", "asyncio", "no cancel")
+    }
     beatless.work_until_idle()
-    assert beatless.client.get_run(run.run_id).state is RunState.QUEUED
+    found = {door: beatless.client.get_run(run_id).state for door, run_id in runs.items()}
+    assert found == dict.fromkeys(runs, RunState.QUEUED)
 
     beatless.advance(10)
     beatless.work_until_idle()
 
-    assert beatless.client.get_run(run.run_id).result == "stayed"
+    results = {door: beatless.client.get_run(run_id).result for door, run_id in runs.items()}
+    assert results == dict.fromkeys(runs, "stayed")
     beatless.verify()
 
 
@@ -366,22 +368,24 @@ def test_a_step_that_undoes_a_run_and_leaves_so_is_told_in_the_error(
 
 
 @pytest.mark.parametrize("plan", ["sly", "sly_finish"])
-@pytest.mark.parametrize("nth", [1, 2, 3, 4])
 def test_a_result_that_leaves_while_it_is_written_fails_or_is_stored(
-    beatless: Kit, plan: str, nth: int
+    beatless: Kit, subtests: pytest.Subtests, plan: str
 ) -> None:
     """Never in between: its own code is called before the commit and not after it."""
-    run = beatless.start_run(plan, {"nth": nth})
+    runs = {nth: beatless.start_run(plan, {"nth": nth}) for nth in (1, 2, 3, 4)}
 
     beatless.work_until_idle()
 
-    ended = beatless.client.get_run(run.run_id)
-    if ended.state is RunState.FAILED:
-        assert (ended.error["type"], ended.error["message"]) == ("SystemExit", "in the encoder")
-    else:
-        assert ended.result in ("fine", {"a": 1})
-    assert calls == [plan]
-    assert (nth == 1) <= (ended.state is RunState.FAILED)
+    for nth, run in runs.items():
+        with subtests.test(nth=nth):
+            ended = beatless.client.get_run(run.run_id)
+            if ended.state is RunState.FAILED:
+                told = (ended.error["type"], ended.error["message"])
+                assert told == ("SystemExit", "in the encoder")
+            else:
+                assert ended.result in ("fine", {"a": 1})
+            assert (nth == 1) <= (ended.state is RunState.FAILED)
+    assert calls == [plan] * len(runs)
     beatless.verify()
 
 

@@ -159,31 +159,36 @@ PLANS = [
 ]
 
 
-@pytest.mark.parametrize("where", STATES)
 @pytest.mark.parametrize(("names", "renamed"), PLANS)
 def test_a_run_goes_on_where_it_stands_or_waits_for_a_version_that_knows_the_place(
-    beatless: Kit, version: Make, names: str, renamed: bool, where: str
+    beatless: Kit, version: Make, subtests: pytest.Subtests, names: str, renamed: bool
 ) -> None:
     old = version("one charge mail", obeys=True)
-    run_id = bring(beatless, old, where)
+    runs = {where: bring(beatless, old, where) for where in STATES}
     new = version(names, renamed={"charge": "pay"} if renamed else None)
 
-    assert new.take(run_id)
+    for where, run_id in runs.items():
+        with subtests.test(where):
+            new.ledger.clear()
+            old.ledger.clear()
 
-    run = beatless.client.get_run(run_id)
-    todo = expected(names, where, renamed=renamed)
-    if todo is not None:
-        assert (run.state, new.ledger) == (RunState.COMPLETED, todo)
-    else:
-        assert (run.state, new.ledger) == (RunState.QUEUED, [])
-        assert not new.take(run_id)  # not before its time
-        beatless.advance(16)
-        assert new.take(run_id)
-        assert beatless.client.get_run(run_id).last_seq == run.last_seq  # nothing was counted
-        beatless.advance(16)
-        assert old.take(run_id)
-        assert old.ledger == [f"charge charge {CHARGE[where]}", "mail mail 1"]
-        assert beatless.client.get_run(run_id).state is RunState.COMPLETED
+            assert new.take(run_id)
+
+            run = beatless.client.get_run(run_id)
+            todo = expected(names, where, renamed=renamed)
+            if todo is not None:
+                assert (run.state, new.ledger) == (RunState.COMPLETED, todo)
+            else:
+                assert (run.state, new.ledger) == (RunState.QUEUED, [])
+                assert not new.take(run_id)  # not before its time
+                beatless.advance(16)
+                assert new.take(run_id)
+                now = beatless.client.get_run(run_id)
+                assert now.last_seq == run.last_seq  # nothing was counted
+                beatless.advance(16)
+                assert old.take(run_id)
+                assert old.ledger == [f"charge charge {CHARGE[where]}", "mail mail 1"]
+                assert beatless.client.get_run(run_id).state is RunState.COMPLETED
     beatless.verify()
 
 

@@ -507,9 +507,8 @@ def test_an_async_function_awaits_the_first_of_its_children(beatless: Kit) -> No
     assert "race#only" in [event.step for event in beatless.client.events(run.run_id)]
 
 
-@pytest.mark.parametrize(
-    ("point", "nth"),
-    [
+def test_no_crash_changes_which_child_came_first(beatless: Kit, subtests: pytest.Subtests) -> None:
+    crashes = [
         ("claim.committed", 1),
         ("children.before", 2),
         ("children.started", 1),
@@ -520,29 +519,26 @@ def test_an_async_function_awaits_the_first_of_its_children(beatless: Kit) -> No
         ("wait.signalled", 1),
         ("step.before", 1),
         ("step.committed", 1),
-    ],
-)
-def test_no_crash_changes_which_child_came_first(beatless: Kit, point: str, nth: int) -> None:
-    with beatless.crash(at=point, nth=nth):
-        beatless.start_run("rivals", ["a", "b", "c"])
-        beatless.work_until_idle()
-        for run in beatless.client.list_runs(plan="told"):
-            if run.input == "b":
-                beatless.signal(run.run_id, "go")
-        beatless.work_until_idle()
-    beatless.advance(LEASE_S + 1)
-    beatless.work_until_idle()
-    (parent,) = beatless.client.list_runs(plan="rivals")
-    two = beatless.children(parent.run_id)[1]
-    if not two.state.final:
-        beatless.signal(two.run_id, "go")
-        beatless.advance(LEASE_S + 1)
-        beatless.work_until_idle()
+    ]
+    for point, nth in crashes:
+        with subtests.test(point, nth=nth):
+            with beatless.crash(at=point, nth=nth):
+                parent = beatless.start_run("rivals", ["a", "b", "c"])
+                beatless.work_until_idle()
+                beatless.signal(beatless.children(parent.run_id)[1].run_id, "go")
+                beatless.work_until_idle()
+            beatless.advance(LEASE_S + 1)
+            beatless.work_until_idle()
+            two = beatless.children(parent.run_id)[1]
+            if not two.state.final:
+                beatless.signal(two.run_id, "go")
+                beatless.advance(LEASE_S + 1)
+                beatless.work_until_idle()
 
-    found = beatless.client.get_run(parent.run_id).result
-    assert (found["won"], found["ends"]) == (two.run_id, ["RunCancelled"] * 2)
-    assert len(beatless.children(parent.run_id)) == 3
-    beatless.verify()
+            found = beatless.client.get_run(parent.run_id).result
+            assert (found["won"], found["ends"]) == (two.run_id, ["RunCancelled"] * 2)
+            assert len(beatless.children(parent.run_id)) == 3
+            beatless.verify()
 
 
 def test_children_have_children(beatless: Kit) -> None:
@@ -573,22 +569,23 @@ CRASHES = [
 ]
 
 
-@pytest.mark.parametrize(("point", "nth"), CRASHES)
-def test_no_crash_starts_a_child_twice_or_loses_one(beatless: Kit, point: str, nth: int) -> None:
-    with beatless.crash(at=point, nth=nth):
-        beatless.start_run("fan_out", {"lines": [1, 2, 3, 4], "options": {"at_once": 2}})
-        beatless.work_until_idle()
-    runs = beatless.client.list_runs(plan="fan_out")
-    beatless.advance(LEASE_S + 1)
-    beatless.work_until_idle()
+def test_no_crash_starts_a_child_twice_or_loses_one(
+    beatless: Kit, subtests: pytest.Subtests
+) -> None:
+    given = {"lines": [1, 2, 3, 4], "options": {"at_once": 2}}
+    for point, nth in CRASHES:
+        with subtests.test(point, nth=nth):
+            with beatless.crash(at=point, nth=nth):
+                run = beatless.start_run("fan_out", given)
+                beatless.work_until_idle()
+            beatless.advance(LEASE_S + 1)
+            beatless.work_until_idle()
 
-    assert [
-        each.result and each.result["count"] for each in beatless.client.list_runs(plan="fan_out")
-    ] == [4]
-    children = beatless.client.children(runs[0].run_id)
-    assert [child.input for child in children] == [1, 2, 3, 4]
-    assert {child.state.value for child in children} == {"completed"}
-    beatless.verify()
+            assert beatless.client.get_run(run.run_id).result["count"] == 4
+            children = beatless.client.children(run.run_id)
+            assert [child.input for child in children] == [1, 2, 3, 4]
+            assert {child.state.value for child in children} == {"completed"}
+            beatless.verify()
 
 
 @pytest.mark.slow

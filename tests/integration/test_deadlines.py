@@ -254,18 +254,19 @@ def test_deadlines_that_an_older_version_has_not_noted_are_found(
     assert beatless.client.get_run(run.run_id).error["type"] == "DeadlineExceeded"
 
 
-@pytest.mark.parametrize("seconds", FAR, ids=str)
 def test_a_snooze_that_ends_beyond_all_calendars_fails_its_step_and_lists_go_on(
-    beatless: Kit, seconds: Any
+    beatless: Kit, subtests: pytest.Subtests
 ) -> None:
-    given = str(seconds) if str(seconds) in ("inf", "nan") else seconds
-    run = beatless.start_run("snooze", given)
+    given = [str(each) if str(each) in ("inf", "nan") else each for each in FAR]
+    runs = [beatless.start_run("snooze", each) for each in given]
     beatless.work_until_idle()
 
-    ended = beatless.client.get_run(run.run_id)
-    assert (ended.state, ended.error["type"]) == (RunState.FAILED, "ValueError")
-    assert "which is not 0 seconds to ten years" in ended.error["message"]
-    assert list(beatless.client.list_runs())
+    for seconds, run in zip(given, runs, strict=True):
+        with subtests.test(str(seconds)):
+            ended = beatless.client.get_run(run.run_id)
+            assert (ended.state, ended.error["type"]) == (RunState.FAILED, "ValueError")
+            assert "which is not 0 seconds to ten years" in ended.error["message"]
+    assert len(beatless.client.list_runs()) == len(runs)
     beatless.verify()
 
 

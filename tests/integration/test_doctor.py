@@ -677,37 +677,41 @@ def test_a_version_that_a_distribution_may_have_mended_is_not_called_open(
 # What listens
 
 
-@pytest.mark.parametrize(
-    ("status", "host", "expected"),
-    [
-        (200, "127.0.0.2", Status.PROBLEM),
-        (200, "127.0.0.1", Status.OK),
-        (401, "127.0.0.2", Status.OK),
-        (302, "127.0.0.2", Status.OK),
-        (503, "127.0.0.1", Status.PROBLEM),
-    ],
-)
-@pytest.mark.parametrize("check", ["api", "flower"])
-def test_a_door_that_is_open(
-    beatless_app: App, check: str, status: int, host: str, expected: Status
-) -> None:
-    class Door(http.server.BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self.send_response(status)
-            self.send_header("Content-Length", "0")
-            self.end_headers()
+DOORS = [
+    (200, "127.0.0.2", Status.PROBLEM),
+    (200, "127.0.0.1", Status.OK),
+    (401, "127.0.0.2", Status.OK),
+    (302, "127.0.0.2", Status.OK),
+    (503, "127.0.0.1", Status.PROBLEM),
+]
 
-        def log_message(self, *_: Any) -> None: ...
 
-    with http.server.ThreadingHTTPServer((host, 0), Door) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        url = f"http://{host}:{server.server_port}"
-        found = examine(beatless_app, check, **{f"{check}_url": url})
-        server.shutdown()
-        thread.join()
+def test_a_door_that_is_open(beatless_app: App, subtests: pytest.Subtests) -> None:
+    for status, host, expected in DOORS:
 
-    only(found, expected)
+        class Door(http.server.BaseHTTPRequestHandler):
+            answer = status
+
+            def do_GET(self) -> None:
+                self.send_response(self.answer)
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+
+            def log_message(self, *_: Any) -> None: ...
+
+        with http.server.ThreadingHTTPServer((host, 0), Door) as server:
+            thread = threading.Thread(target=server.serve_forever)
+            thread.start()
+            url = f"http://{host}:{server.server_port}"
+            found = {
+                check: examine(beatless_app, check, **{f"{check}_url": url})
+                for check in ("api", "flower")
+            }
+            server.shutdown()
+            thread.join()
+        for check, findings in found.items():
+            with subtests.test(check, status=status, host=host):
+                only(findings, expected)
 
 
 def test_a_door_that_is_not_there(beatless_app: App) -> None:

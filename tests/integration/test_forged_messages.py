@@ -82,17 +82,17 @@ def test_a_forged_message_that_is_none_of_a_relay_is_dropped(
     assert "not one of a relay's" in caplog.text
 
 
-@pytest.mark.parametrize(
-    "payload",
-    ["{", "{}", '{"ping": []}', '{"ping": 1}', "[1]", "null", '{"":' * 1900, "\x01", "99", "relay"],
-)
+FORGED = ["{", "{}", '{"ping": []}', '{"ping": 1}', "[1]", "null", '{"":' * 1900, "\x01", "99"]
+
+
 def test_a_forged_notification_restarts_no_relay(
-    beatless: Kit, beatless_app: App, postgres: psycopg.Connection, payload: str
+    beatless: Kit, beatless_app: App, postgres: psycopg.Connection
 ) -> None:
     with running(beatless_app) as (_, announcements):
-        postgres.execute("SELECT pg_notify(%s, %s)", (beatless_app.queries.channel, payload))
-        run = beatless.start_run("charge")
-        beatless.wait_for_outbox_flush(run.run_id)
+        for payload in (*FORGED, "relay"):
+            postgres.execute("SELECT pg_notify(%s, %s)", (beatless_app.queries.channel, payload))
+            run = beatless.start_run("charge")
+            beatless.wait_for_outbox_flush(run.run_id)
     assert announcements.all(RelayFailed) == []
     assert len(announcements.all(RelayStarted)) == 1
 

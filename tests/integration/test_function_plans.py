@@ -35,6 +35,7 @@ from beatless.orchestrator.progress import CHANGED_CALL, FOLDED, SNOOZED, UNKNOW
 from beatless.outbox.faults import SimulatedCrash
 from beatless.places import places
 from beatless.testing import Kit
+from beatless.testing.names import own_tables
 from tests.plans import asks
 from tests.serving import serving
 
@@ -194,28 +195,30 @@ def test_a_step_that_has_failed_for_good_is_told_and_passed(beatless: Kit) -> No
 POINTS = ["claim.committed", "step.before", "step.effect_done", "step.committed"]
 
 
-@pytest.mark.parametrize("point", POINTS)
-@pytest.mark.parametrize("nth", [1, 3])
 def test_a_crash_at_any_boundary_loses_and_doubles_nothing(
-    beatless: Kit, postgres: psycopg.Connection, point: str, nth: int
+    beatless: Kit, postgres: psycopg.Connection, subtests: pytest.Subtests
 ) -> None:
-    table = f"{beatless.app.settings.schema}.booked"
-    postgres.execute(f"CREATE TABLE {table} (what text)")
-    run = beatless.start_run("order", {"lines": [1, 2], "table": table})
-    if point == "claim.committed" and nth > 1:
-        beatless.step(run.run_id)
-        nth = 1
-    with beatless.crash(at=point, nth=nth):
-        beatless.work_once()
-    beatless.advance(LEASE_S)
-    beatless.work_until_idle()
-    ended = beatless.client.get_run(run.run_id)
-    assert ended.state is RunState.COMPLETED
-    assert [receipt.partition(",")[0] for receipt in ended.result["receipts"]] == ["1 eur", "2 eur"]
-    assert postgres.execute(f"SELECT count(*) FROM {table}").fetchone() == (1,)
-    finished = [e.step for e in beatless.client.events(run.run_id) if e.type == "StepFinished"]
-    assert sorted(finished) == ["book", "charge", "charge#2", "charge#3", "reserve"]
-    beatless.verify()
+    for number, (point, nth) in enumerate(itertools.product(POINTS, (1, 3))):
+        with subtests.test(point, nth=nth):
+            table = f"{own_tables(beatless.app.settings.schema)}.booked_{number}"
+            postgres.execute(f"CREATE TABLE {table} (what text)")
+            run = beatless.start_run("order", {"lines": [1, 2], "table": table})
+            later = point == "claim.committed" and nth > 1
+            if later:
+                beatless.step(run.run_id)
+            with beatless.crash(at=point, nth=1 if later else nth):
+                beatless.work_once()
+            beatless.advance(LEASE_S)
+            beatless.work_until_idle()
+            ended = beatless.client.get_run(run.run_id)
+            assert ended.state is RunState.COMPLETED
+            receipts = [receipt.partition(",")[0] for receipt in ended.result["receipts"]]
+            assert receipts == ["1 eur", "2 eur"]
+            assert postgres.execute(f"SELECT count(*) FROM {table}").fetchone() == (1,)
+            events = beatless.client.events(run.run_id)
+            finished = [event.step for event in events if event.type == "StepFinished"]
+            assert sorted(finished) == ["book", "charge", "charge#2", "charge#3", "reserve"]
+            beatless.verify()
 
 
 def test_steps_find_the_defaults_of_a_typed_input_however_the_run_was_started(

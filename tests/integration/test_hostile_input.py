@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import itertools
 import json
 import math
 import re
@@ -130,33 +131,34 @@ def assert_others_go_on(kit: Kit, api: Api) -> None:
     kit.verify()
 
 
-@pytest.mark.parametrize("name", VALUES)
 def test_a_hostile_input_is_refused_by_every_client(
-    beatless: Kit, beatless_app: App, api: Api, name: str
+    beatless: Kit, subtests: pytest.Subtests, api: Api
 ) -> None:
-    value, words = VALUES[name]
     near, far = beatless.client, Client(api.url)
 
-    async def start_from_a_loop() -> None:
+    async def start_from_a_loop(value: Any) -> None:
         async with AsyncClient(api.url) as client:
             await client.start_run("good", value)
 
-    ways: list[Callable[[], Any]] = [
-        lambda: near.start_run("good", value),
-        lambda: near.start_runs([RunRequest(plan="good"), RunRequest(plan="good", input=value)]),
-        lambda: beatless.start_run("good", value),
-        lambda: far.start_run("good", value),
-        lambda: asyncio.run(start_from_a_loop()),
+    ways: list[Callable[[Any], Any]] = [
+        lambda value: near.start_run("good", value),
+        lambda value: near.start_runs(
+            [RunRequest(plan="good"), RunRequest(plan="good", input=value)]
+        ),
+        lambda value: beatless.start_run("good", value),
+        lambda value: far.start_run("good", value),
+        lambda value: asyncio.run(start_from_a_loop(value)),
     ]
     with far:
-        for start in ways:
-            with pytest.raises((BadPayload, BadRequest)) as refused:
-                start()
-            assert "input" in str(refused.value)
-            assert words in str(refused.value)
-            assert len(str(refused.value)) < 300
-
-    assert beatless.client.list_runs() == []
+        for name, (value, words) in VALUES.items():
+            with subtests.test(name):
+                for start in ways:
+                    with pytest.raises((BadPayload, BadRequest)) as refused:
+                        start(value)
+                    assert "input" in str(refused.value)
+                    assert words in str(refused.value)
+                    assert len(str(refused.value)) < 300
+                assert beatless.client.list_runs() == []
     assert_others_go_on(beatless, api)
 
 
@@ -180,41 +182,45 @@ BODIES = {
 }
 
 
-@pytest.mark.parametrize("name", BODIES)
-def test_a_hostile_body_is_a_problem_that_tells_why(beatless: Kit, api: Api, name: str) -> None:
-    value, status, words = BODIES[name]
-    answer = api("POST", "/v1/runs", b'{"plan": "good", "input": %b}' % value)
-    assert (answer.status, answer.json["status"]) == (status, status)
-    assert words in answer.json["detail"]
-    assert beatless.client.list_runs() == []
+def test_a_hostile_body_is_a_problem_that_tells_why(
+    beatless: Kit, subtests: pytest.Subtests, api: Api
+) -> None:
+    for name, (value, status, words) in BODIES.items():
+        with subtests.test(name):
+            answer = api("POST", "/v1/runs", b'{"plan": "good", "input": %b}' % value)
+            assert (answer.status, answer.json["status"]) == (status, status)
+            assert words in answer.json["detail"]
+            assert beatless.client.list_runs() == []
     assert_others_go_on(beatless, api)
 
 
 @pytest.mark.parametrize("plan", ["returns", "traces", "finishes", "goes"])
-@pytest.mark.parametrize("name", VALUES)
-def test_what_a_body_must_not_give_fails_its_own_run(beatless: Kit, plan: str, name: str) -> None:
-    words = VALUES[name][1]
-    run = beatless.start_run(plan, name)
-    other = beatless.start_run("good")
+def test_what_a_body_must_not_give_fails_its_own_run(
+    beatless: Kit, subtests: pytest.Subtests, plan: str
+) -> None:
+    pairs = {name: (beatless.start_run(plan, name), beatless.start_run("good")) for name in VALUES}
 
     beatless.work_until_idle()
 
-    failed = beatless.client.get_run(run.run_id)
-    assert failed.state is RunState.FAILED
-    assert failed.attempt == 1
-    assert f"step {plan}: " in failed.error["message"]
-    assert words in failed.error["message"]
-    assert beatless.client.get_run(other.run_id).state is RunState.COMPLETED
+    for name, (run, other) in pairs.items():
+        with subtests.test(name):
+            failed = beatless.client.get_run(run.run_id)
+            assert failed.state is RunState.FAILED
+            assert failed.attempt == 1
+            assert f"step {plan}: " in failed.error["message"]
+            assert VALUES[name][1] in failed.error["message"]
+            assert beatless.client.get_run(other.run_id).state is RunState.COMPLETED
     beatless.verify()
 
 
-@pytest.mark.parametrize("target", [SQL, SSE, MARKUP, "", "x" * 100_000])
-def test_a_step_that_goes_to_no_step_fails_its_own_run(beatless: Kit, target: str) -> None:
-    run = beatless.start_run("goes_astray", target)
+def test_a_step_that_goes_to_no_step_fails_its_own_run(beatless: Kit) -> None:
+    targets = [SQL, SSE, MARKUP, "", "x" * 100_000]
+    runs = [beatless.start_run("goes_astray", target) for target in targets]
     beatless.work_until_idle()
-    failed = beatless.client.get_run(run.run_id)
-    assert failed.state is RunState.FAILED
-    assert "which plan goes_astray does not declare" in failed.error["message"]
+    for run in runs:
+        failed = beatless.client.get_run(run.run_id)
+        assert failed.state is RunState.FAILED
+        assert "which plan goes_astray does not declare" in failed.error["message"]
     beatless.verify()
 
 
@@ -227,40 +233,42 @@ OPTIONS: dict[str, Callable[[str], dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("option", OPTIONS)
-@pytest.mark.parametrize("text", [*UNSTORABLE.values(), "x" * 2_000_000])
 def test_a_hostile_option_is_refused_by_every_client(
-    beatless: Kit, api: Api, option: str, text: str
+    beatless: Kit, subtests: pytest.Subtests, api: Api
 ) -> None:
-    given = OPTIONS[option](text)
-    member = option.split(maxsplit=1)[0]
+    texts = UNSTORABLE | {"two megabytes": "x" * 2_000_000}
     with Client(api.url) as far:
-        for client in (beatless.client, beatless, far):
-            with pytest.raises((BadPayload, BadRequest)) as refused:
-                client.start_run("good", **given)
-            told = str(refused.value)
-            assert member in told or "a request may have" in told  # too long to be looked at
-            assert len(told) < 400
-    assert beatless.client.list_runs() == []
+        for option, name in itertools.product(OPTIONS, texts):
+            with subtests.test(option, text=name):
+                given = OPTIONS[option](texts[name])
+                member = option.split(maxsplit=1)[0]
+                for client in (beatless.client, beatless, far):
+                    with pytest.raises((BadPayload, BadRequest)) as refused:
+                        client.start_run("good", **given)
+                    told = str(refused.value)
+                    assert member in told or "a request may have" in told  # too long to look at
+                    assert len(told) < 400
+                assert beatless.client.list_runs() == []
     assert_others_go_on(beatless, api)
 
 
-@pytest.mark.parametrize("text", [SQL, SSE, MARKUP, "", "..", "a/b", "x" * 129])
 def test_a_name_with_control_characters_of_others_is_refused(
-    beatless: Kit, api: Api, text: str
+    beatless: Kit, subtests: pytest.Subtests, api: Api
 ) -> None:
+    texts = [SQL, SSE, MARKUP, "", "..", "a/b", "x" * 129]
     with Client(api.url) as far:
-        for client in (beatless.client, far):
-            with pytest.raises(BadRequest, match="run_id is"):
-                client.start_run("good", run_id=text)
-            with pytest.raises(UnknownPlan, match="no plan is called"):
-                client.start_run(f"{text}x")
-            with pytest.raises((RunNotFound, BadRequest), match=r"no run has id|name is"):
-                client.get_run(text)
-            if text != "..":  # a queue may be called like that
-                with pytest.raises(BadRequest, match=r"queue is|name is"):
-                    client.pause_queue(text)
-    assert beatless.client.list_runs() == []
+        for text, client in itertools.product(texts, (beatless.client, far)):
+            with subtests.test(text=text):
+                with pytest.raises(BadRequest, match="run_id is"):
+                    client.start_run("good", run_id=text)
+                with pytest.raises(UnknownPlan, match="no plan is called"):
+                    client.start_run(f"{text}x")
+                with pytest.raises((RunNotFound, BadRequest), match=r"no run has id|name is"):
+                    client.get_run(text)
+                if text != "..":  # a queue may be called like that
+                    with pytest.raises(BadRequest, match=r"queue is|name is"):
+                        client.pause_queue(text)
+                assert beatless.client.list_runs() == []
     assert_others_go_on(beatless, api)
 
 
@@ -307,13 +315,11 @@ def test_a_question_that_no_stored_text_can_answer_is_refused(
     assert_others_go_on(beatless, api)
 
 
-@pytest.mark.parametrize("text", [*UNSTORABLE.values(), SSE, "x" * 100_000, "é"])
-def test_a_trace_that_is_none_is_ignored_and_the_run_is_started(
-    beatless: Kit, api: Api, text: str
-) -> None:
+def test_a_trace_that_is_none_is_ignored_and_the_run_is_started(beatless: Kit, api: Api) -> None:
     """As W3C Trace Context asks for."""
+    texts = [*UNSTORABLE.values(), SSE, "x" * 100_000, "é"]
     with Client(api.url) as far:
-        for client in (beatless.client, far):
+        for text, client in itertools.product(texts, (beatless.client, far)):
             run = client.start_run("good", traceparent=text)
             stored = client.events(run.run_id)[0].data.get("traceparent")
             # One of its own, where a test before this one has switched tracing on.

@@ -228,19 +228,21 @@ SCHEDULES = {
 }
 
 
-@pytest.mark.parametrize("change", SCHEDULES.values(), ids=SCHEDULES)
 def test_a_hostile_schedule_keeps_no_other_from_being_fired_and_listed(
-    beatless: Kit, postgres: psycopg.Connection, change: str
+    beatless: Kit, postgres: psycopg.Connection, subtests: pytest.Subtests
 ) -> None:
-    for name in ("good", "hostile"):
-        beatless.client.create_schedule(Schedule(name, "two_steps", every=60))
-    postgres.execute(f"UPDATE schedules SET {change} WHERE name = 'hostile'".encode())
-    beatless.advance(61)
-    beatless.advance(61)
+    for what, change in SCHEDULES.items():
+        with subtests.test(what):
+            for name in ("good", "hostile"):
+                beatless.client.create_schedule(Schedule(name, "two_steps", every=60))
+            postgres.execute(f"UPDATE schedules SET {change} WHERE name = 'hostile'".encode())
+            beatless.advance(61)
+            beatless.advance(61)
 
-    fired = [run for run in beatless.client.list_runs() if run.schedule == "good"]
-    assert len(fired) >= 2
-    assert [each.name for each in beatless.client.schedules()] == ["good", "hostile"]
+            fired = [run for run in beatless.client.list_runs() if run.schedule == "good"]
+            assert len(fired) >= 2
+            assert [each.name for each in beatless.client.schedules()] == ["good", "hostile"]
+        postgres.execute("DELETE FROM schedules; DELETE FROM dispatches; DELETE FROM runs")
 
 
 UNREAD = {"deep": "[" * 12_000 + "]" * 12_000, "long": "1" * 5000}

@@ -289,18 +289,21 @@ CRASHES = [
 ]
 
 
-@pytest.mark.parametrize(("point", "nth"), CRASHES)
-def test_no_crash_starts_a_child_twice_or_loses_one(beatless: Kit, point: str, nth: int) -> None:
-    with beatless.crash(at=point, nth=nth):
-        beatless.start_run("fulfil", {"lines": [1, 2, 3, 4]})
-        beatless.work_until_idle()
-    beatless.advance(LEASE_S + 1)
-    beatless.work_until_idle()
+def test_no_crash_starts_a_child_twice_or_loses_one(
+    beatless: Kit, subtests: pytest.Subtests
+) -> None:
+    for point, nth in CRASHES:
+        with subtests.test(point, nth=nth):
+            with beatless.crash(at=point, nth=nth):
+                run = beatless.start_run("fulfil", {"lines": [1, 2, 3, 4]})
+                beatless.work_until_idle()
+            beatless.advance(LEASE_S + 1)
+            beatless.work_until_idle()
 
-    (run,) = beatless.client.list_runs(plan="fulfil")
-    assert run.result == [f"parcel {line}" for line in (1, 2, 3, 4)]
-    assert [each.input for each in beatless.children(run.run_id)] == [1, 2, 3, 4]
-    beatless.verify()
+            found = beatless.client.get_run(run.run_id)
+            assert found.result == [f"parcel {line}" for line in (1, 2, 3, 4)]
+            assert [each.input for each in beatless.children(run.run_id)] == [1, 2, 3, 4]
+            beatless.verify()
 
 
 def test_an_app_without_the_plan_of_an_element_is_refused(beatless: Kit) -> None:

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from beatless import App, Fatal, Plan, RunState, StepContext, step
+from beatless import Fatal, Plan, RunState, StepContext, step
 from beatless.orchestrator.failure import describe
 from beatless.testing import Kit
 
@@ -141,17 +141,19 @@ def beatless_plans() -> list[Plan]:
 
 
 @pytest.mark.parametrize("plan", ["p", "tx"])
-@pytest.mark.parametrize("odd", ODD)
 def test_an_exception_that_cannot_be_asked_has_failed_its_attempt_once(
-    beatless: Kit, beatless_app: App, odd: str, plan: str
+    beatless: Kit, subtests: pytest.Subtests, plan: str
 ) -> None:
-    run = beatless.start_run(plan, odd)
+    runs = {odd: beatless.start_run(plan, odd) for odd in ODD}
     beatless.work_until_idle()
-    found = beatless.client.get_run(run.run_id)
-    assert (found.state, len(calls)) == (RunState.FAILED, 1)
-    assert found.error is not None
-    assert (found.error["type"], found.error["message"]) == ODD[odd][1:]
-    assert "in body" in found.error["traceback"]
+    assert len(calls) == len(ODD)
+    for odd, run in runs.items():
+        with subtests.test(odd):
+            found = beatless.client.get_run(run.run_id)
+            assert found.state is RunState.FAILED
+            assert found.error is not None
+            assert (found.error["type"], found.error["message"]) == ODD[odd][1:]
+            assert "in body" in found.error["traceback"]
     beatless.verify()
 
 

@@ -89,25 +89,25 @@ def test_branches_go_on_beside_one_another(beatless: Kit, name: str) -> None:
     beatless.verify()
 
 
-@pytest.mark.parametrize(
-    ("name", "point", "nth"), [(name, *each) for name, found in CRASHES.items() for each in found]
-)
+@pytest.mark.parametrize("name", CRASHES)
 def test_no_crash_begins_a_body_again_after_its_commit(
-    beatless: Kit, tmp_path: Path, name: str, point: str, nth: int
+    beatless: Kit, subtests: pytest.Subtests, tmp_path: Path, name: str
 ) -> None:
-    ledger = tmp_path / "ledger"
-    run = beatless.start_run(name, {"ledger": str(ledger)})
-    with beatless.crash(at=point, nth=nth):
-        beatless.work_until_idle()
-    events = beatless.client.events(run.run_id)
-    finished = {event.step for event in events if event.type == "StepFinished"}
-    before = len(bodies(ledger))
-    finish(beatless, run.run_id)
+    for point, nth in CRASHES[name]:
+        with subtests.test(point, nth=nth):
+            ledger = tmp_path / f"{point}-{nth}"
+            run = beatless.start_run(name, {"ledger": str(ledger)})
+            with beatless.crash(at=point, nth=nth):
+                beatless.work_until_idle()
+            events = beatless.client.events(run.run_id)
+            finished = {event.step for event in events if event.type == "StepFinished"}
+            before = len(bodies(ledger))
+            finish(beatless, run.run_id)
 
-    assert beatless.client.get_run(run.run_id).result == RESULTS[name]
-    assert not {step for _, step in bodies(ledger)[before:]} & finished
-    check_once(beatless, run.run_id)
-    beatless.verify()
+            assert beatless.client.get_run(run.run_id).result == RESULTS[name]
+            assert not {step for _, step in bodies(ledger)[before:]} & finished
+            check_once(beatless, run.run_id)
+            beatless.verify()
 
 
 @pytest.mark.parametrize("name", ["fans_out", "threads", "in_branches"])

@@ -66,11 +66,16 @@ def test_an_example_is_not_the_default(beatless_app: App, name: str) -> None:
     assert getattr(run, name) != STORED[name].example
 
 
-@pytest.mark.parametrize("option", CASES)
-def test_an_option_is_stored_and_read_back(beatless_app: App, option: str) -> None:
+def test_an_option_is_stored_and_read_back(beatless_app: App, subtests: pytest.Subtests) -> None:
+    for option in CASES:
+        with subtests.test(option):
+            store_and_read(beatless_app, option)
+
+
+def store_and_read(app: App, option: str) -> None:
     given, read, expected = CASES[option]
     request = {"plan": "two_steps", option: given, **BESIDE.get(option, {})}
-    client = beatless_app.client
+    client = app.client
     started = client.start_run(**request)
     assert read(started) == read(client.get_run(started.run_id)) == expected
     if option != "key":  # which names the first run
@@ -107,16 +112,17 @@ def test_explain_tells_the_options_that_were_chosen(beatless_app: App) -> None:
 
 
 @pytest.mark.parametrize("name", STORED)
-@pytest.mark.parametrize("odd", ODD, ids=range(len(ODD)))
 def test_an_odd_value_is_refused_by_its_name_or_read_back(
-    beatless_app: App, name: str, odd: Any
+    beatless_app: App, subtests: pytest.Subtests, name: str
 ) -> None:
     client = beatless_app.client
-    try:
-        found = repr(getattr(client.start_run("two_steps", **{name: odd}), name))
-    except BadRequest as refused:
-        found = refused.field
-    assert found in (name, repr(odd))
+    for number, odd in enumerate(ODD):
+        with subtests.test(number=number):
+            try:
+                found = repr(getattr(client.start_run("two_steps", **{name: odd}), name))
+            except BadRequest as refused:
+                found = refused.field
+            assert found in (name, repr(odd))
 
 
 def test_the_trace_that_a_run_joins_is_in_its_first_event(beatless_app: App) -> None:

@@ -281,39 +281,40 @@ def test_bulk_start_gives_the_runs_in_order_and_is_one_transaction(
     assert rows(postgres) == before
 
 
-@pytest.mark.parametrize(
-    ("options", "error", "message"),
-    [
-        ({"plan": "no'such\"plan"}, UnknownPlan, "this app has: agents.run"),
-        ({"run_id": "a b"}, BadRequest, "run_id is 'a b'"),
-        ({"run_id": ""}, BadRequest, "run_id"),
-        ({"queue": "a/b"}, BadRequest, "queue"),
-        ({"key": ""}, BadRequest, "key"),
-        ({"key": "order \ud800"}, BadRequest, "key must be .* valid text"),
-        ({"tags": {"a": "\ud800"}}, BadRequest, "tags must .* valid text"),
-        ({"tags": {"\udfff": "a"}}, BadRequest, "tags must .* valid text"),
-        ({"input": {"\ud800": 1}}, BadPayload, "input has the key"),
-        ({"priority": 10}, BadRequest, "priority"),
-        ({"delay": -1}, BadRequest, "delay"),
-        ({"delay": 1, "not_before": datetime.now(UTC)}, BadRequest, "both"),
-        ({"not_before": datetime(2030, 1, 1)}, BadRequest, "time zone"),  # noqa: DTZ001
-        ({"not_before": datetime.max.replace(tzinfo=UTC)}, BadRequest, "years 1000 to 9998"),
-        ({"not_before": datetime.min.replace(tzinfo=UTC)}, BadRequest, "years 1000 to 9998"),
-        ({"tags": {"a": 1}}, BadRequest, "tags"),
-        ({"input": {"a": [1, float("nan")]}}, BadPayload, r"input.a\[1\] is nan"),
-        ({"input": {"a": "x\0y"}}, BadPayload, "input.a holds a NUL"),
-        ({"input": {(1, 2): 2}}, BadPayload, r"input has the key \(1, 2\)"),
-        ({"input": {"a": object()}}, BadPayload, "input.a is an object"),
-        ({"input": "\ud800"}, BadPayload, "surrogate"),
-        ({"input": "x" * 300_000}, BadPayload, "the limit is 262144"),
-    ],
-)
+BAD_OPTIONS: list[tuple[dict, type[Exception], str]] = [
+    ({"plan": "no'such\"plan"}, UnknownPlan, "this app has: agents.run"),
+    ({"run_id": "a b"}, BadRequest, "run_id is 'a b'"),
+    ({"run_id": ""}, BadRequest, "run_id"),
+    ({"queue": "a/b"}, BadRequest, "queue"),
+    ({"key": ""}, BadRequest, "key"),
+    ({"key": "order \ud800"}, BadRequest, "key must be .* valid text"),
+    ({"tags": {"a": "\ud800"}}, BadRequest, "tags must .* valid text"),
+    ({"tags": {"\udfff": "a"}}, BadRequest, "tags must .* valid text"),
+    ({"input": {"\ud800": 1}}, BadPayload, "input has the key"),
+    ({"priority": 10}, BadRequest, "priority"),
+    ({"delay": -1}, BadRequest, "delay"),
+    ({"delay": 1, "not_before": datetime.now(UTC)}, BadRequest, "both"),
+    ({"not_before": datetime(2030, 1, 1)}, BadRequest, "time zone"),  # noqa: DTZ001
+    ({"not_before": datetime.max.replace(tzinfo=UTC)}, BadRequest, "years 1000 to 9998"),
+    ({"not_before": datetime.min.replace(tzinfo=UTC)}, BadRequest, "years 1000 to 9998"),
+    ({"tags": {"a": 1}}, BadRequest, "tags"),
+    ({"input": {"a": [1, float("nan")]}}, BadPayload, r"input.a\[1\] is nan"),
+    ({"input": {"a": "x\0y"}}, BadPayload, "input.a holds a NUL"),
+    ({"input": {(1, 2): 2}}, BadPayload, r"input has the key \(1, 2\)"),
+    ({"input": {"a": object()}}, BadPayload, "input.a is an object"),
+    ({"input": "\ud800"}, BadPayload, "surrogate"),
+    ({"input": "x" * 300_000}, BadPayload, "the limit is 262144"),
+]
+
+
 def test_bad_input_is_refused_before_anything_is_stored(
-    beatless: Kit, options: dict, error: type[Exception], message: str
+    beatless: Kit, subtests: pytest.Subtests
 ) -> None:
-    with pytest.raises(error, match=message):
-        beatless.start_run(**{"plan": "two_steps", **options})
-    assert beatless.client.list_runs() == []
+    for options, error, message in BAD_OPTIONS:
+        with subtests.test(message):
+            with pytest.raises(error, match=message):
+                beatless.start_run(**{"plan": "two_steps", **options})
+            assert beatless.client.list_runs() == []
 
 
 def test_a_delayed_run_waits_for_its_time(beatless: Kit) -> None:

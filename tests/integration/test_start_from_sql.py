@@ -152,12 +152,18 @@ OPTIONS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=[",".join(each) or "none" for each in OPTIONS])
 @pytest.mark.parametrize("name", ["checkout", "defaults", "limited", "untyped"])
 def test_all_rows_are_those_of_the_python_client(
-    beatless: Kit, session: psycopg.Connection, name: str, options: dict[str, Any]
+    beatless: Kit, session: psycopg.Connection, subtests: pytest.Subtests, name: str
 ) -> None:
-    app, run_id = beatless.app, new_run_id()
+    for options in OPTIONS:
+        with subtests.test(",".join(options) or "none"):
+            check_rows(beatless.app, session, name, options)
+
+
+def check_rows(app: App, session: psycopg.Connection, name: str, options: dict[str, Any]) -> None:
+    """A run that Python starts has the rows of one that SQL starts."""
+    run_id = new_run_id()
     python, sql_ = both(
         app,
         session,
@@ -167,9 +173,8 @@ def test_all_rows_are_those_of_the_python_client(
         lambda connection: start(connection, app, name, run_id=run_id, **options),
     )
     assert sql_ == python
-    assert [len(python[table]) for table in ("runs", "run_events", "run_outbox", "dispatches")] == [
-        1
-    ] * 4
+    tables = ("runs", "run_events", "run_outbox", "dispatches")
+    assert [len(python[table]) for table in tables] == [1] * 4
 
 
 def test_runs_that_find_their_limit_full_wait_as_those_of_the_python_client(
@@ -575,16 +580,18 @@ BAD: list[tuple[dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("options", "message"), BAD, ids=range(len(BAD)))
 def test_an_option_that_python_refuses_is_refused(
-    beatless: Kit, session: psycopg.Connection, options: dict[str, Any], message: str
+    beatless: Kit, session: psycopg.Connection, subtests: pytest.Subtests
 ) -> None:
-    with pytest.raises((BadRequest, BadPayload)):
-        beatless.client.start_run("checkout", connection=session, **options)
-    if isinstance(given := options.get("input"), str):
-        options = {"input": f'"{given}"'}
-    with pytest.raises(errors.InvalidParameterValue, match=message):
-        start(session, beatless.app, "checkout", **options)
+    for number, (options, message) in enumerate(BAD):
+        with subtests.test(message, number=number):
+            with pytest.raises((BadRequest, BadPayload)):
+                beatless.client.start_run("checkout", connection=session, **options)
+            given = options.get("input")
+            as_json = {"input": f'"{given}"'} if isinstance(given, str) else options
+            with pytest.raises(errors.InvalidParameterValue, match=message):
+                start(session, beatless.app, "checkout", **as_json)
+        session.rollback()
 
 
 def test_the_deepest_input_is_that_of_python(beatless: Kit, session: psycopg.Connection) -> None:

@@ -189,33 +189,35 @@ PLACES: dict[str, tuple[Callable[[Kit], str], str]] = {
 }
 
 
-@pytest.mark.parametrize("place", PLACES)
 def test_a_value_that_json_cannot_give_back_is_refused_with_its_path_and_what_to_do(
-    beatless: Kit, place: str
+    beatless: Kit, subtests: pytest.Subtests
 ) -> None:
-    tell, path = PLACES[place]
-    for kind, (value, advice) in REFUSED.items():
-        VALUES["now"] = value
-        told = tell(beatless)
-        digested = "cannot be compared when the plan is called again" in told  # a child's input
-        assert path in told or digested, (kind, told)
-        assert advice in told or digested, (kind, told)
+    for place, (tell, path) in PLACES.items():
+        for kind, (value, advice) in REFUSED.items():
+            with subtests.test(place, kind=kind):
+                VALUES["now"] = value
+                told = tell(beatless)
+                # A child's input.
+                digested = "cannot be compared when the plan is called again" in told
+                assert path in told or digested, told
+                assert advice in told or digested, told
     beatless.verify()
 
 
-@pytest.mark.parametrize("kind", ROUND)
 def test_the_function_gets_a_value_as_it_is_stored_whether_it_is_called_again_or_not(
-    beatless: Kit, kind: str
+    beatless: Kit, subtests: pytest.Subtests
 ) -> None:
-    VALUES.clear()
-    VALUES["now"], stored = ROUND[kind]
-    with beatless.crash("step.committed"):
-        ended(beatless, "asks")
-    beatless.forget_worker()
-    beatless.advance(600)
-    beatless.work_until_idle()
-    (run,) = beatless.client.list_runs(plan="asks")
-    expected = {"deep": [stored]}
-    assert run.result == [expected, expected]
-    assert len(VALUES["live"]) >= 2
-    assert {repr(each) for each in VALUES["live"]} == {repr(expected)}
+    for kind, (value, stored) in ROUND.items():
+        with subtests.test(kind):
+            VALUES.clear()
+            VALUES["now"] = value
+            run = beatless.start_run("asks")
+            with beatless.crash("step.committed"):
+                beatless.work_until_idle()
+            beatless.forget_worker()
+            beatless.advance(600)
+            beatless.work_until_idle()
+            expected = {"deep": [stored]}
+            assert beatless.client.get_run(run.run_id).result == [expected, expected]
+            assert len(VALUES["live"]) >= 2
+            assert {repr(each) for each in VALUES["live"]} == {repr(expected)}

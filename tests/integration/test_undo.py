@@ -562,36 +562,37 @@ def test_a_run_whose_undo_the_plan_lacks_waits_for_a_worker_that_has_it(beatless
     finish(beatless)
 
 
-@pytest.mark.parametrize(
-    ("point", "nth"),
-    [
-        ("claim.committed", 2),
-        ("step.before", 5),
-        ("step.before", 6),
-        ("step.effect_done", 5),
-        ("step.committed", 4),
-        ("step.committed", 5),
-        ("task.before_ack", 1),
-        ("task.before_ack", 2),
-        ("relay.after_claim", 2),
-        ("relay.after_publish", 2),
-    ],
-)
+CRASHES = [
+    ("claim.committed", 2),
+    ("step.before", 5),
+    ("step.before", 6),
+    ("step.effect_done", 5),
+    ("step.committed", 4),
+    ("step.committed", 5),
+    ("task.before_ack", 1),
+    ("task.before_ack", 2),
+    ("relay.after_claim", 2),
+    ("relay.after_publish", 2),
+]
+
+
 @pytest.mark.parametrize("name", ["order", "pays"])
 def test_no_crash_keeps_a_step_from_being_undone(
-    beatless: Kit, name: str, point: str, nth: int
+    beatless: Kit, subtests: pytest.Subtests, name: str
 ) -> None:
-    with beatless.crash(at=point, nth=nth):
-        run = beatless.start_run(name, {})
-        beatless.work_until_idle()
-    beatless.advance(LEASE_S + 1)
-    finish(beatless)
+    for point, nth in CRASHES:
+        with subtests.test(point, nth=nth):
+            with beatless.crash(at=point, nth=nth):
+                run = beatless.start_run(name, {})
+                beatless.work_until_idle()
+            beatless.advance(LEASE_S + 1)
+            finish(beatless)
 
-    found = beatless.client.get_run(run.run_id)
-    assert (found.state, found.error and found.error["type"]) == (RunState.FAILED, "Fatal")
-    undone = [str(each) for each in steps_of(beatless, run.run_id, "StepFinished")]
-    assert len([each for each in undone if "#undo:" in each]) == 3
-    beatless.verify()
+            found = beatless.client.get_run(run.run_id)
+            assert (found.state, found.error and found.error["type"]) == (RunState.FAILED, "Fatal")
+            undone = [str(each) for each in steps_of(beatless, run.run_id, "StepFinished")]
+            assert len([each for each in undone if "#undo:" in each]) == 3
+            beatless.verify()
 
 
 @pytest.mark.slow
