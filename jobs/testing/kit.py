@@ -10,6 +10,7 @@ import os
 import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -29,6 +30,7 @@ from beatless.testing.broker_guard import Guard
 from beatless.testing.replays import check_goes_on, check_replay
 from beatless.testing.task_inbox import TaskInbox
 from beatless.testing.time_calls import TimeCalls
+from beatless.transactions import transact_by_driver
 from beatless.verify import PUBLISH_GRACE_S, verify
 
 UNSET: Any = object()
@@ -305,8 +307,9 @@ class Kit(TimeCalls):
         """
         if self._executor is not None:
             self._executor.disconnect()
-            with self.app.executors.connect() as connection:
-                self.app.leases.note_death(connection, self._executor.worker)
+            note = partial(self.app.leases.note_death, worker=self._executor.worker)
+            # A session of its own would be one in five of a short test's.
+            transact_by_driver(self.app.engine, note, twice=True, each_statement=True)
             self._executor = None
         self._inbox.release()
 
