@@ -34,33 +34,37 @@ WRITE = re.compile(r'INSERT INTO "?(\w+)"?\.run_outbox\b')
 """Part of every statement that writes an event."""
 
 OBJECTS = """
-WITH schemas AS (
+WITH schemas AS MATERIALIZED (
   SELECT oid, nspname AS name FROM pg_namespace
    WHERE nspname !~ '^(pg_|information_schema$)' AND (nspname !~ %(kit)s OR nspname ~ %(left)s)
+), members AS MATERIALIZED (
+  SELECT name, d.classid, d.objid FROM schemas
+   CROSS JOIN LATERAL (SELECT classid, objid FROM pg_depend
+                        WHERE refclassid = 'pg_namespace'::regclass AND refobjid = schemas.oid
+                       OFFSET 0) d
+   WHERE NOT EXISTS (SELECT 1 FROM pg_depend e WHERE e.deptype = 'e' AND e.objid = d.objid
+                        AND e.classid = d.classid)
 ), objects AS (
   SELECT 'schema' AS kind, name, '' AS object FROM schemas
   UNION ALL
   SELECT CASE relkind WHEN 'S' THEN 'sequence' WHEN 'v' THEN 'view' WHEN 'm' THEN 'view'
-                      WHEN 'c' THEN 'type' ELSE 'table' END, name, relname
-    FROM schemas JOIN pg_class c ON relnamespace = schemas.oid AND relkind NOT IN ('i', 'I', 't')
-   WHERE NOT EXISTS (SELECT 1 FROM pg_depend WHERE deptype = 'e' AND objid = c.oid
-                        AND classid = 'pg_class'::regclass)
+                      ELSE 'table' END, name, relname
+    FROM members JOIN pg_class c ON c.oid = objid
+   WHERE members.classid = 'pg_class'::regclass
   UNION ALL
-  SELECT 'function', name, proname FROM schemas JOIN pg_proc p ON pronamespace = schemas.oid
-   WHERE NOT EXISTS (SELECT 1 FROM pg_depend WHERE deptype = 'e' AND objid = p.oid
-                        AND classid = 'pg_proc'::regclass)
+  SELECT 'function', name, proname FROM members JOIN pg_proc p ON p.oid = objid
+   WHERE members.classid = 'pg_proc'::regclass
   UNION ALL
   SELECT 'type', name, typname
-    FROM schemas JOIN pg_type y ON typnamespace = schemas.oid AND typtype IN ('d', 'e', 'r')
-   WHERE NOT EXISTS (SELECT 1 FROM pg_depend WHERE deptype = 'e' AND objid = y.oid
-                        AND classid = 'pg_type'::regclass)
+    FROM members JOIN pg_type y ON y.oid = objid AND typtype IN ('c', 'd', 'e', 'r')
+   WHERE members.classid = 'pg_type'::regclass
 )
 SELECT kind, concat_ws('.', name, nullif(object, '')) FROM objects
  -- Other things that others make on servers of theirs are not ours to judge.
  WHERE %(ours)s OR name ~ %(left)s
     OR name = 'beatless' AND kind <> 'schema' OR name = 'public' AND object = ANY(%(tables)s)
 """
-"""All objects outside of the schemas that the kit gives to tests.
+"""All objects outside of the schemas that the kit gives to tests, as these depend on their schemas.
 
 Objects of extensions are left out: a database has each extension once, for all tests.
 """

@@ -24,47 +24,64 @@ Tables = Callable[[sqlalchemy.Connection], object]
 """Makes the tables of the code under test."""
 
 SHAPE = """
-WITH spaces AS (
+WITH spaces AS MATERIALIZED (
   SELECT oid, nspname FROM pg_namespace WHERE nspname = ANY(%s)
-), tables AS (
-  SELECT c.*, nspname FROM spaces JOIN pg_class c ON c.relnamespace = spaces.oid
+), members AS MATERIALIZED (
+  SELECT nspname, d.classid, d.objid FROM spaces
+   CROSS JOIN LATERAL (SELECT classid, objid FROM pg_depend
+                        WHERE refclassid = 'pg_namespace'::regclass AND refobjid = spaces.oid
+                       OFFSET 0) d
+), types AS MATERIALIZED (
+  SELECT nspname, y.* FROM members
+   CROSS JOIN LATERAL (SELECT oid, typrelid, xmin FROM pg_type WHERE oid = objid OFFSET 0) y
+   WHERE classid = 'pg_type'::regclass
+), tables AS MATERIALIZED (
+  SELECT nspname, objid AS oid FROM members WHERE classid = 'pg_class'::regclass
+  UNION ALL
+  SELECT nspname, typrelid FROM types WHERE typrelid <> 0
+), indexes AS MATERIALIZED (
+  SELECT nspname, i.* FROM tables
+   CROSS JOIN LATERAL (SELECT indexrelid, xmin FROM pg_index WHERE indrelid = tables.oid OFFSET 0) i
+), relations AS MATERIALIZED (
+  SELECT nspname, oid FROM tables UNION ALL SELECT nspname, indexrelid FROM indexes
 ), facts AS (
   SELECT nspname, concat_ws(' ', 'space', oid) AS fact FROM spaces
   UNION ALL
   -- Not its xmin: TRUNCATE changes it.
-  SELECT nspname, concat_ws(' ', 'class', oid, relname, relnatts, relpersistence, reloptions,
-                            relacl, relowner, relrowsecurity) FROM tables
+  SELECT nspname, concat_ws(' ', 'class', c.*) FROM relations
+   CROSS JOIN LATERAL (SELECT oid, relname, relnatts, relpersistence, reloptions, relacl, relowner,
+                              relrowsecurity FROM pg_class WHERE oid = relations.oid OFFSET 0) c
   UNION ALL
-  SELECT nspname, concat_ws(' ', 'column', attrelid, attnum, a.xmin)
-    FROM tables JOIN pg_attribute a ON attrelid = tables.oid
+  SELECT nspname, concat_ws(' ', 'column', relations.oid, a.*) FROM relations
+   CROSS JOIN LATERAL (SELECT attnum, xmin FROM pg_attribute
+                        WHERE attrelid = relations.oid OFFSET 0) a
   UNION ALL
-  SELECT nspname, concat_ws(' ', 'default', d.oid, d.xmin)
-    FROM tables JOIN pg_attrdef d ON adrelid = tables.oid
+  SELECT nspname, concat_ws(' ', 'index', i.indexrelid, i.xmin) FROM indexes i
   UNION ALL
-  SELECT nspname, concat_ws(' ', 'index', indexrelid, i.xmin)
-    FROM tables JOIN pg_index i ON indrelid = tables.oid
+  SELECT nspname, concat_ws(' ', d.*) FROM tables CROSS JOIN LATERAL (
+    (SELECT 'default', oid, xmin FROM pg_attrdef WHERE adrelid = tables.oid)
+    UNION ALL (SELECT 'sequence', seqrelid, xmin FROM pg_sequence WHERE seqrelid = tables.oid)
+    UNION ALL (SELECT 'trigger', oid, xmin FROM pg_trigger WHERE tgrelid = tables.oid)
+    UNION ALL (SELECT 'rule', oid, xmin FROM pg_rewrite WHERE ev_class = tables.oid)
+    UNION ALL (SELECT 'constraint', oid, xmin FROM pg_constraint WHERE conrelid = tables.oid)
+    OFFSET 0) d
   UNION ALL
-  SELECT nspname, concat_ws(' ', 'sequence', seqrelid, s.xmin)
-    FROM tables JOIN pg_sequence s ON seqrelid = tables.oid
+  SELECT nspname, concat_ws(' ', 'function', f.*) FROM members
+   CROSS JOIN LATERAL (SELECT oid, xmin FROM pg_proc WHERE oid = objid OFFSET 0) f
+   WHERE classid = 'pg_proc'::regclass
   UNION ALL
-  SELECT nspname, concat_ws(' ', 'trigger', t.oid, t.xmin)
-    FROM tables JOIN pg_trigger t ON tgrelid = tables.oid
+  SELECT nspname, concat_ws(' ', 'type', oid, xmin) FROM types
   UNION ALL
-  SELECT nspname, concat_ws(' ', 'rule', r.oid, r.xmin)
-    FROM tables JOIN pg_rewrite r ON ev_class = tables.oid
-  UNION ALL
-  SELECT nspname, concat_ws(' ', 'constraint', n.oid, n.xmin)
-    FROM spaces JOIN pg_constraint n ON connamespace = spaces.oid
-  UNION ALL
-  SELECT nspname, concat_ws(' ', 'function', p.oid, p.xmin)
-    FROM spaces JOIN pg_proc p ON pronamespace = spaces.oid
-  UNION ALL
-  SELECT nspname, concat_ws(' ', 'type', y.oid, y.xmin)
-    FROM spaces JOIN pg_type y ON typnamespace = spaces.oid
+  SELECT nspname, concat_ws(' ', 'domain', n.*) FROM types
+   CROSS JOIN LATERAL (SELECT oid, xmin FROM pg_constraint WHERE contypid = types.oid OFFSET 0) n
 )
 SELECT nspname, sum(hashtextextended(fact, 0)) FROM facts GROUP BY nspname
 """
-"""A fingerprint of a schema's objects beside its rows."""
+"""A fingerprint of a schema's objects beside its rows.
+
+Found from the schema by its dependencies, each by an index: the catalogs have the objects of all
+workers, and are read at the end of each test.
+"""
 
 ROWS = """
 SELECT oid::regclass::text FROM pg_class
