@@ -105,14 +105,20 @@ screenshots: $(STAMP) ## Make the pictures of docs/images anew; exit 3 without a
 	@$(BROWSER)
 	$(BIN)/python -m tests.browser.screenshots docs/images
 
+# What Postgres and Redis decide: locks, transactions, NOTIFY, plans of statements, pub/sub, the broker.
+IN_CONTAINERS = append arrays cancel credentials dead_letters doctor doorbell drain_plan duplicates durability failover \
+  fair_turns history kills kit_calls limits lists lost_transactions metrics migrations postgres_faults processes publishers \
+  queues races redis_servers relay relay_faults relay_locks retention round_trips runs schedules sessions signals \
+  start_from_sql statement_plans stream tail takeover two_phase wait_races wakeup_promises workers
+
 # Ryuk, which removes what a killed session has left, is one more image that an engine must have.
 test-docker: export TESTCONTAINERS_RYUK_DISABLED = true
-test-docker: $(STAMP) ## The suite on containers, a worker in one, the compose deployment; exit 3 without an engine
+test-docker: $(STAMP) ## What the servers decide on containers, a worker in one, the compose deployment; exit 3 without an engine
 	@docker info >/dev/null 2>&1 || { echo "there is no Docker engine: start one, or run make test" >&2; exit 3; }
 	docker build -q --network host $(foreach name,PIP_INDEX_URL PIP_EXTRA_INDEX_URL PIP_CERT,$(if $($(name)),--build-arg $(name))) \
 	  -t beatless:local -f deploy/Dockerfile .
 	$(BIN)/python -m pytest deploy/tests -n 0 -p docker_tools -p celery
-	$(PYTEST) tests/integration tests/cli -m "not long" --beatless-services=testcontainers
+	$(PYTEST) $(IN_CONTAINERS:%=tests/integration/test_%.py) --beatless-services=testcontainers
 
 ON_RABBITMQ = runs durability queues cancel races retry_run compensation limits processes kills agent_loop kit_calls
 
