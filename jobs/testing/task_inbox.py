@@ -10,7 +10,8 @@ from kombu.message import Message
 
 from beatless.app import App
 from beatless.outbox.publishers import worker_queue
-from beatless.outbox.queries import execute
+from beatless.outbox.queries import Caller, execute
+from beatless.transactions import transact_by_driver
 
 
 class TaskInbox:
@@ -30,15 +31,19 @@ class TaskInbox:
             if self._broker is None:
                 self._broker = celery.connection_for_read()
             channel = self._broker.default_channel
-            with self._app.engine.connect() as connection:
-                names = execute(
-                    connection, f"SELECT DISTINCT queue FROM {self._app.settings.schema}.runs", {}
-                )
+            # Without a transaction, which would be two of three round trips.
+            names = transact_by_driver(
+                self._app.engine, self._queues_of_runs, twice=True, each_statement=True
+            )
             for name in sorted(queue_names(self._app) | {name for (name,) in names}):
                 message = self._queue(name, channel).get(accept=celery.conf.accept_content)
                 if message is not None:
                     return message
             return None
+
+    def _queues_of_runs(self, connection: Caller) -> list[Any]:
+        schema = self._app.settings.schema
+        return execute(connection, f"SELECT DISTINCT queue FROM {schema}.runs", {})
 
     def _queue(self, name: str, channel: Any) -> Queue:
         """The queue, declared once by each connection to Redis.

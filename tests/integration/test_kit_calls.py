@@ -3,7 +3,9 @@
 import logging
 import re
 from contextlib import closing
+from typing import Any
 
+import psycopg
 import pytest
 
 from beatless import App, Plan, RunState, step
@@ -325,3 +327,20 @@ class TestABrokerThatWaitsForAcknowledgements:
             beatless.work_once()
         beatless.forget_worker()
         assert self.waiting(beatless) == 1
+
+
+def test_a_worker_is_forgotten_without_a_session_of_its_own_for_it(
+    beatless: Kit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    beatless.start_run("two_steps")
+    beatless.work_until_idle()
+    opened = []
+    connect = psycopg.Connection.connect
+
+    def noting(*args: Any, **options: Any) -> psycopg.Connection:
+        opened.append(args)
+        return connect(*args, **options)
+
+    monkeypatch.setattr(psycopg.Connection, "connect", noting)
+    beatless.forget_worker()
+    assert opened == []
