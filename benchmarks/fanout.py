@@ -96,9 +96,13 @@ class Viewer:
         self.socket.setblocking(False)
 
     def read(self) -> None:
-        """Look at what has come."""
+        """Receive what has come."""
         data = self.socket.recv(1 << 18)
         self.open = bool(data)
+        self.look(data)
+
+    def look(self, data: bytes) -> None:
+        """Look at the next bytes of the stream."""
         text, end = self._tail + data, 0
         for found in FRAME.finditer(text):
             end = found.end()

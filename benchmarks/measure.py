@@ -39,6 +39,8 @@ class Bench:
     app: App
     db: psycopg.Connection[Any]
     """A session of the benchmark's own, autocommit, in the app's schema."""
+    pids: Mapping[str, int]
+    """The main processes of the servers: postgres and valkey."""
 
     def child(self, target: Callable[..., None], *arguments: Any) -> BaseProcess:
         """A process that runs `target(settings, …)`."""
@@ -62,7 +64,8 @@ def services() -> Iterator[Bench]:
         migrate(app.engine, settings.schema)
         db = stack.enter_context(psycopg.connect(libpq_url(postgres.url), autocommit=True))
         db.execute("SET search_path TO bench")
-        yield Bench(settings=settings, app=app, db=db)
+        pids = {"postgres": postgres.pid, "valkey": valkey.pid}
+        yield Bench(settings=settings, app=app, db=db, pids=pids)
 
 
 def interleaved(
@@ -114,6 +117,7 @@ def record(
     unit: str,
     what: str,
     facts: Mapping[str, Any] | None = None,
+    store: bool = True,
 ) -> None:
     """Store one result beside those that are there, and show it; `facts` are stored with it."""
     known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
@@ -127,8 +131,9 @@ def record(
         "machine": f"{os.cpu_count()} cores, Python {platform.python_version()}",
         **(facts or {}),
     }
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps(dict(sorted(known.items(), key=_order)), indent=2) + "\n")
+    if store:
+        RESULTS.parent.mkdir(exist_ok=True)
+        RESULTS.write_text(json.dumps(dict(sorted(known.items(), key=_order)), indent=2) + "\n")
     shown = known[key]
     print(f"{key:12} {shown['value']:>10} ({shown['min']} to {shown['max']}) {unit:6} {what}")
     sys.stdout.flush()
