@@ -32,6 +32,8 @@ class Peer:
     workers: int = CORES
     """Processes, one for each core unless one process has children of its own."""
     worker_options: Sequence[str] = ()
+    variables: Mapping[str, str] = field(default_factory=dict)
+    """What its processes have in their environment."""
     relay: str = ""
     """The role that publishes what a run has committed."""
     follows_runs: bool = False
@@ -66,7 +68,7 @@ class Peer:
         """What its processes need beside the addresses. Raises CannotInstall."""
         if self.node:
             return {"PEER_NODE_FOLDER": str(node_environment(self.lock))}
-        return {"PYTHONPATH": str(ROLES)}
+        return {"PYTHONPATH": str(ROLES), **self.variables}
 
 
 PACKAGES = {"absurd": "absurd-sdk"}
@@ -102,6 +104,20 @@ PEERS = (
         workloads=("runs", "jobs"),
         workers=1,
         worker_options=("--concurrency", "64", "--", "--pool", "threads"),
+        relay="relay",
+        follows_runs=True,
+        events=13,
+        sizes={"runs": 3000, "jobs": 8000},
+    ),
+    Peer(
+        name="beatless_async",
+        title="beatless, async pool",
+        does="the same, with `async def` steps",
+        settings="`beatless worker --pool async --concurrency 64`, one process",
+        workloads=("runs", "jobs"),
+        variables={"PEER_BODIES": "async"},
+        workers=1,
+        worker_options=("--pool", "async", "--concurrency", "64"),
         relay="relay",
         follows_runs=True,
         events=13,

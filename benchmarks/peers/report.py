@@ -27,7 +27,7 @@ beatless beside seven other systems, each measured on the same servers in the sa
 `~/.cache/beatless` from pinned hashes ([locks](../benchmarks/peers/locks)), about 20 minutes for
 five repeats. `make bench-peers ARGS="--only pgqueuer,beatless --workload runs --repeats 3"`
 measures a part, `ARGS=--quick` everything once and small in three minutes, without storing it.
-What the journal, the relay and the streams could reach at best is in
+What the journal, the relay and the streams could reach at best, and what waiting runs cost, is in
 [benchmarks](../benchmarks/README.md), what breaks under faults in [reliability](reliability.md).
 """
 

@@ -1,44 +1,63 @@
-"""beatless: `beatless worker` and `beatless relay` as they are, with the journal of each run."""
+"""beatless: `beatless worker` and `beatless relay` as they are, with the journal of each run.
+
+With PEER_BODIES=async the steps of `run` and `job` are `async def`.
+"""
 
 import asyncio
+import functools
 import os
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import tally
 
 from beatless import App, Plan, RunRequest, Settings, StepContext, step
 from beatless.migrations import migrate
+from beatless.orchestrator.plan import Step
 
 BULK = 500
 
 
-@step
+def measured(body: Callable[[StepContext], Any]) -> Step:
+    """The step of a body, of the kind that is measured."""
+    if os.environ.get("PEER_BODIES") != "async":
+        return step(body)
+
+    @functools.wraps(body)
+    async def awaited(ctx: StepContext) -> Any:
+        return body(ctx)
+
+    return step(awaited)
+
+
+@measured
 def first(ctx: StepContext) -> int:
     ctx.trace("trace", number=1)
     return 1
 
 
-@step
+@measured
 def second(_: StepContext) -> int:
     return 2
 
 
-@step
+@measured
 def third(_: StepContext) -> int:
     return 3
 
 
-@step
+@measured
 def fourth(_: StepContext) -> int:
     return 4
 
 
-@step
+@measured
 def fifth(_: StepContext) -> int:
     return 5
 
 
-@step
+@measured
 def only(ctx: StepContext) -> None:
     tally.mark(ctx.input["began"])
 
