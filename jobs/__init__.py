@@ -72,6 +72,7 @@ if TYPE_CHECKING:  # read by type checkers and editors; `_MODULES` is the same a
     from beatless.orchestrator.undos import Undone
     from beatless.orchestrator.waits import approve, days, hours, minutes, sleep, wait
     from beatless.settings import Settings
+    from beatless.streams.tailed import TailedEvent
 
 _MODULES = {
     "AccessDenied": "beatless.errors",
@@ -134,6 +135,7 @@ _MODULES = {
     "StepFailed": "beatless.orchestrator.errors",
     "StepTimeout": "beatless.orchestrator.errors",
     "StoredSchedule": "beatless.orchestrator.schedule",
+    "TailedEvent": "beatless.streams.tailed",
     "TextLines": "beatless.observe.logs",
     "Undone": "beatless.orchestrator.undos",
     "UnknownPlan": "beatless.errors",
@@ -215,6 +217,7 @@ __all__ = [
     "StepFailed",
     "StepTimeout",
     "StoredSchedule",
+    "TailedEvent",
     "TextLines",
     "TransactionConflict",
     "Undone",

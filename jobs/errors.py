@@ -230,14 +230,20 @@ class ExtraMissing(JobsError):
 
 
 class HistoryChanged(JobsError):
-    """The database was restored or failed over while a run was followed."""
+    """The database was restored or failed over while a run, or all of them, were followed."""
 
-    def __init__(self, run_id: str, seq: int) -> None:
+    def __init__(self, run_id: str | None, seq: int) -> None:
+        """`run_id` is None for a tail."""
         super().__init__(run_id, seq)
         self.run_id = run_id
         self.seq = seq
 
     def __str__(self) -> str:
+        if self.run_id is None:
+            return (
+                "the database has another history: events of the tail may be gone, and others not "
+                "have come; read the runs and tail them anew, or pass on_reset"
+            )
         return (
             f"the database of run {self.run_id} has another history since event {self.seq}: forget "
             "its events and follow it from 0, or pass on_reset"

@@ -7,7 +7,16 @@ command line, log lines, spans and Flower. Stored values stay, and your own code
 
 import json
 import logging
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterator,
+    Callable,
+    Generator,
+    Iterator,
+    Mapping,
+    Sequence,
+)
+from contextlib import aclosing, closing
 from dataclasses import replace
 from typing import Any
 
@@ -18,6 +27,7 @@ from beatless.orchestrator.events import Event, EventText
 from beatless.orchestrator.open_waits import OpenWait
 from beatless.orchestrator.records import Run
 from beatless.orchestrator.schedule import StoredSchedule
+from beatless.streams.tailed import TailedEvent
 
 logger = logging.getLogger(__name__)
 
@@ -241,6 +251,27 @@ class ShownClient(Client):
 
     def astream_run(self, *args: Any, **options: Any) -> AsyncIterator[Event]:
         return self._redacted(super().astream_run(*args, **options))
+
+    def tail(self, **options: Any) -> Generator[TailedEvent]:
+        return self._redacted_tail(super().tail(**options))
+
+    def _redacted_tail(self, tail: Generator[TailedEvent]) -> Generator[TailedEvent]:
+        with closing(tail):
+            for each in tail:
+                yield self._told_of(each)
+
+    def atail(self, **options: Any) -> AsyncGenerator[TailedEvent]:
+        return self._aredacted_tail(super().atail(**options))
+
+    async def _aredacted_tail(
+        self, tail: AsyncGenerator[TailedEvent]
+    ) -> AsyncGenerator[TailedEvent]:
+        async with aclosing(tail):
+            async for each in tail:
+                yield self._told_of(each)
+
+    def _told_of(self, tailed: TailedEvent) -> TailedEvent:
+        return replace(tailed, event=self.redaction.event(tailed.event))
 
     def cancel_run(self, *args: Any, **options: Any) -> Run:
         return self.redaction.run(super().cancel_run(*args, **options))

@@ -233,16 +233,13 @@ RUNS = json_object({"runs": list_of(RUN), "next": {"type": ["string", "null"]}})
 EVENTS = json_object(
     {"epoch": STRING, "last_seq": {"type": "integer"}, "events": list_of(ref("Event"))}
 )
-STREAM: dict[int | str, dict[str, Any]] = {
-    200: {
-        "content": {
-            "text/event-stream": {
-                "schema": {
-                    "type": "string",
-                    "description": "Frames: `event` is the type, `data` the JSON of an Event "
-                    "(#/components/schemas/Event), `id` the cursor to go on after.",
-                }
-            }
-        }
-    }
-}
+
+
+def _stream(data: str) -> dict[int | str, dict[str, Any]]:
+    told = f"Frames: `event` is the type, `data` {data}, `id` the cursor to go on after."
+    schema = {"type": "string", "description": told}
+    return {200: {"content": {"text/event-stream": {"schema": schema}}}}
+
+
+STREAM = _stream("the JSON of an Event (#/components/schemas/Event)")
+STREAM_OF_RUNS = _stream("the JSON of an Event (#/components/schemas/Event) and its `plan`")

@@ -1,7 +1,8 @@
-"""A run as server-sent events. The contract is in docs/http.md."""
+"""A run, or all of a namespace, as server-sent events. The contract is in docs/http.md."""
 
 import asyncio
 import contextlib
+import json
 import logging
 import random
 import weakref
@@ -19,11 +20,14 @@ from beatless.api.open_streams import OpenStreams
 from beatless.api.problems import Problem
 from beatless.api.stream_limits import Reservation
 from beatless.client.streams import beyond_the_head
+from beatless.cursors import encode_tail
 from beatless.errors import HistoryChanged, WaitTimeout
 from beatless.orchestrator.errors import EventsPruned, RunNotFound
 from beatless.orchestrator.events import EventText
 from beatless.orchestrator.records import Run
+from beatless.outbox.clock import monotonic
 from beatless.streams.streams import Streams
+from beatless.streams.tail import Tail, TailedText
 
 logger = logging.getLogger(__name__)
 
@@ -231,17 +235,15 @@ async def chunks(
     First comes a frame without data, which no viewer takes for a message, so that even an idle
     stream can be resumed.
     """
-    retry = RETRY_MS + round(RETRY_MS * random.random())  # noqa: S311 - spread, not secrecy
-    first = f"id: {epoch}.{after}\nretry: {retry}\n\n"
+    first = f"id: {epoch}.{after}\n{_retry()}\n"
     if reset:
         first += f'id: {epoch}.0\nevent: reset\ndata: {{"epoch":"{epoch}"}}\n\n'
     yield first.encode()
-    rotation = ROTATION_S * random.uniform(0.8, 1.2)  # noqa: S311 - spread, not secrecy
     watched = streams.watch(
         run,
         after,
         epoch=epoch,
-        timeout=rotation,
+        timeout=_rotation(),
         idle=KEEP_ALIVE_S,
         accept=lambda events: offer(framing.whole(events, epoch)),
     )
@@ -254,6 +256,43 @@ async def chunks(
                     yield chunk
     except (HistoryChanged, WaitTimeout, EventsPruned, RunNotFound):
         return  # the viewer comes again, at this server or another, and hears why
+
+
+async def tail_chunks(tail: Tail, framing: "Framing") -> AsyncIterator[bytes]:
+    """The stream of a tail. Each frame has the place from which another one may go on.
+
+    The first frame is for idle streams, as that of a run is: who has it has missed nothing since.
+    """
+    ends_at, began, told = monotonic() + _rotation(), False, ""
+    resets: list[bool] = []
+    async with aclosing(tail.afollow(lambda: resets.append(True))) as batches:
+        async for batch in batches:
+            place = tail.place
+            assert place is not None  # noqa: S101 - it has one with its first batch
+            last, told = told, encode_tail(place)
+            if not began:
+                # A viewer that has another history's place keeps it until it has heard of that.
+                began, head = True, "" if resets else f"id: {told}\n"
+                yield f"{head}{_retry()}\n".encode()
+            elif not batch:
+                yield ALIVE if told == last else f"id: {told}\n\n".encode()
+            if resets:
+                resets.clear()
+                yield f'id: {told}\nevent: reset\ndata: {{"epoch":"{place.epoch}"}}\n\n'.encode()
+            for chunk in framing.of_runs(batch, told):
+                yield chunk
+            if not batch and monotonic() >= ends_at:
+                return  # not in the middle of what is to be caught up with
+
+
+def _retry() -> str:
+    """The line that says when a viewer comes again."""
+    spread = round(RETRY_MS * random.random())  # noqa: S311 - spread, not secrecy
+    return f"retry: {RETRY_MS + spread}\n"
+
+
+def _rotation() -> float:
+    return ROTATION_S * random.uniform(0.8, 1.2)  # noqa: S311 - spread, not secrecy
 
 
 class Framing:
@@ -273,19 +312,32 @@ class Framing:
 
     def chunks(self, events: Iterable[EventText], epoch: str) -> Iterator[bytes]:
         """The frames, many to a chunk."""
-        waiting: list[bytes] = []
-        size = 0
-        for event in events:
-            frame = self._frame(event, epoch)
-            if size + len(frame) > CHUNK and waiting:
-                yield b"".join(waiting)
-                waiting, size = [], 0
-            waiting.append(frame)
-            size += len(frame)
-        if waiting:
-            yield b"".join(waiting)
+        return _joined(self._frame(event, epoch) for event in events)
+
+    def of_runs(self, batch: Iterable[TailedText], place: str) -> Iterator[bytes]:
+        """The frames of a tail, whose events have the plans of their runs."""
+        return _joined(self._frame_of_run(each, place) for each in batch)
 
     def _frame(self, event: EventText, epoch: str) -> bytes:
         shown = self._shown(event)
         head = f"id: {epoch}.{shown.seq}\nevent: {shown.type}\ndata: "
         return b"%b%b\n\n" % (head.encode(), shown.text)
+
+    def _frame_of_run(self, tailed: TailedText, place: str) -> bytes:
+        shown = self._shown(tailed.text)
+        head = f'id: {place}\nevent: {shown.type}\ndata: {{"plan":{json.dumps(tailed.plan)},'
+        return b"%b%b\n\n" % (head.encode(), shown.text.lstrip()[1:])
+
+
+def _joined(frames: Iterable[bytes]) -> Iterator[bytes]:
+    """Many frames to a chunk."""
+    waiting: list[bytes] = []
+    size = 0
+    for frame in frames:
+        if size + len(frame) > CHUNK and waiting:
+            yield b"".join(waiting)
+            waiting, size = [], 0
+        waiting.append(frame)
+        size += len(frame)
+    if waiting:
+        yield b"".join(waiting)

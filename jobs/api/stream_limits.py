@@ -13,13 +13,18 @@ MAX_STREAMS = 10_000
 MAX_STREAMS_PER_TOKEN = 1000
 """Those of the stream tokens that a token has made are its own."""
 MAX_STREAMS_PER_NAMESPACE = 4000
+MAX_TAILS = 100
+"""Streams of all runs of a namespace: each has its own connection to Redis."""
 
 
 class Reservation:
     """Room for one stream. As a context manager it is given back at the end of the block."""
 
-    def __init__(self, grant: Grant, release: Callable[["Reservation"], None]) -> None:
+    def __init__(
+        self, grant: Grant, release: Callable[["Reservation"], None], *, of_all_runs: bool
+    ) -> None:
         self.grant = grant
+        self.of_all_runs = of_all_runs
         self._release = release
 
     def release(self) -> None:
@@ -42,21 +47,27 @@ class StreamLimits:
     def __init__(self) -> None:
         self._reserved: set[Reservation] = set()
         self._counts: Counter[tuple[str, str]] = Counter()
+        self._tails = 0
         self._mutex = threading.Lock()
 
-    def reserve(self, grant: Grant) -> Reservation:
+    def reserve(self, grant: Grant, *, of_all_runs: bool = False) -> Reservation:
         """Raises Problem (503) when a limit is reached."""
-        reservation = Reservation(grant, self._release)
+        reservation = Reservation(grant, self._release, of_all_runs=of_all_runs)
         with self._mutex:
-            if len(self._reserved) >= MAX_STREAMS or (
-                grant.token_id
-                and any(self._counts[key] >= most for key, most in _limits(grant).items())
+            if (
+                len(self._reserved) >= MAX_STREAMS
+                or (of_all_runs and self._tails >= MAX_TAILS)
+                or (
+                    grant.token_id
+                    and any(self._counts[key] >= most for key, most in _limits(grant).items())
+                )
             ):
                 raise Problem(
                     HTTPStatus.SERVICE_UNAVAILABLE, "too many streams are open: come again later"
                 ).with_headers(Retry_After="5")
             self._reserved.add(reservation)
             self._counts.update(_limits(grant).keys())
+            self._tails += of_all_runs
         return reservation
 
     def _release(self, reservation: Reservation) -> None:
@@ -64,6 +75,7 @@ class StreamLimits:
             if reservation not in self._reserved:
                 return
             self._reserved.remove(reservation)
+            self._tails -= reservation.of_all_runs
             for key in _limits(reservation.grant):
                 self._counts[key] -= 1
                 if not self._counts[key]:

@@ -1,5 +1,8 @@
 """`beatless tail`: the events of all runs of a namespace, as they are published."""
 
+from contextlib import closing
+from itertools import islice
+
 import click
 
 from beatless.cli import render
@@ -7,7 +10,6 @@ from beatless.cli.environment import Environment, pairs
 from beatless.cli.options import NAMESPACE, plan_names
 from beatless.namespaces import namespace_of
 from beatless.orchestrator.events import EventType
-from beatless.streams.tail import Choice
 
 
 @click.command()
@@ -52,34 +54,23 @@ def tail(
     """The events of all runs, as they come; Ctrl-C ends it."""
     if "~" in begin:
         env.namespace = namespace_of(begin)
-    choice = Choice(namespace=env.namespace, plans=plans, queue=queue, tags=pairs(tags))
-    since = None
-    if begin == "now":
-        env.client.epoch()  # tells of a Postgres that cannot be reached
-    else:
-        since = env.client.get_run(begin).created_at
+    since = None if begin == "now" else env.client.get_run(begin).created_at
     if missing := [plan for plan in plans if plan not in env.app.plans]:
         env.note(f"no plan of this app is called {' or '.join(missing)}")
 
     def told() -> None:
         env.note("the database has another history: events that were shown may be gone")
 
-    shown, live = 0, False
     try:
-        for batch in env.app.streams.tail(choice, since=since, on_reset=told):
-            if not batch and not live:
-                live = True
-                env.note(f"following the runs of namespace {env.namespace}; Ctrl-C ends it")
-            for each in batch:
-                if types and each.event.type not in types:
-                    continue
-                event = env.app.redaction.event(each.event)
+        tail = env.client.tail(
+            plan=plans, queue=queue, tags=pairs(tags), event=types, since=since, on_reset=told
+        )
+        with closing(tail):
+            env.note(f"following the runs of namespace {env.namespace}; Ctrl-C ends it")
+            for each in islice(tail, limit):
                 if env.as_json:
-                    env.document({"plan": each.plan, **event.to_dict()})
+                    env.document({"plan": each.plan, **each.event.to_dict()})
                 else:
-                    env.out.print(render.tail_line(event, each.plan))
-                shown += 1
-                if shown == limit:
-                    return
+                    env.out.print(render.tail_line(each.event, each.plan))
     except KeyboardInterrupt:
         return

@@ -26,6 +26,7 @@ from beatless.client.requests import (
 )
 from beatless.client.schedules import ScheduleCalls
 from beatless.client.streams import StreamCalls
+from beatless.client.tails import TailCalls
 from beatless.errors import BadRequest
 from beatless.orchestrator.children import ChildRuns
 from beatless.orchestrator.events import Event, EventText
@@ -57,6 +58,7 @@ class Client(
     PlanCalls,
     QueueCalls,
     ScheduleCalls,
+    TailCalls,
 ):
     """Starts, reads and follows the runs of one app. Threads may share it.
 

@@ -3,22 +3,50 @@
 import asyncio
 import itertools
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Coroutine,
+    Mapping,
+    Sequence,
+)
+from contextlib import aclosing, suppress
+from datetime import datetime
 from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 
 import httpx2
 
 from beatless.client.streams import check_cursor
 from beatless.errors import BadSetting
-from beatless.http import approval_calls, calls, group_calls, limit_calls, schedule_calls, wire
+from beatless.http import (
+    approval_calls,
+    calls,
+    group_calls,
+    limit_calls,
+    schedule_calls,
+    tail_calls,
+    wire,
+)
 from beatless.http.calls import named_as
-from beatless.http.follower import FRAME_LIMIT, RETRY, STALL_S, Follower, Interrupted
+from beatless.http.follower import (
+    FRAME_LIMIT,
+    RETRY,
+    STALL_S,
+    Follower,
+    Interrupted,
+    Tailer,
+    TimeIsUp,
+    Viewer,
+)
 from beatless.http.tls import trusted
 from beatless.http.wire import Exchange
 from beatless.orchestrator.events import Event
 from beatless.orchestrator.records import Run
 from beatless.outbox import forks
 from beatless.outbox.backoff import Backoff
+from beatless.streams.tailed import TailedEvent
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -163,33 +191,59 @@ class AsyncClient:
         follower = Follower(
             run.run_id, from_seq, timeout=timeout, on_reset=on_reset, backoff=self._backoff
         )
+        async with aclosing(self._follow(follower)) as events:
+            async for event in events:
+                yield event
+
+    async def _follow(self, viewer: Viewer[T]) -> AsyncGenerator[T]:
         while True:
             request = self._http.build_request(
                 "GET",
-                wire.path_of("runs", follower.run_id, "stream"),
-                headers=follower.headers,
-                timeout=httpx2.Timeout(self._timeout, read=follower.patience(self._stall)),
+                viewer.path,
+                params=viewer.query,
+                headers=viewer.headers,
+                timeout=httpx2.Timeout(self._timeout, read=viewer.patience(self._stall)),
             )
             try:
                 response = await self._http.send(request, stream=True)
                 try:
                     if response.status_code != 200:
                         await response.aread()
-                    if not follower.accept(response):
+                    if not viewer.accept(response):
                         return
                     frames = aiter(httpx2.EventSource(response, FRAME_LIMIT))
-                    while (frame := await within(follower, anext(frames, None))) is not None:
-                        event = follower.feed(frame)
+                    while (frame := await within(viewer, anext(frames, None))) is not None:
+                        event = viewer.feed(frame)
                         if event is not None:
                             yield event
-                            if event.final:
+                            if viewer.ended:
                                 return
                 finally:
                     await response.aclose()
-                delay = follower.closed()
+                delay = viewer.closed()
             except (httpx2.TransportError, Interrupted) as error:
-                delay = follower.failed(error)
+                delay = viewer.failed(error)
             await asyncio.sleep(delay)
+
+    async def atail(
+        self,
+        *,
+        plan: str | Sequence[str] | None = None,
+        queue: str | None = None,
+        tags: Mapping[str, str] | None = None,
+        event: str | Sequence[str] | None = None,
+        since: datetime | None = None,
+        timeout: float | None = None,
+        on_reset: Callable[[], None] | None = None,
+    ) -> AsyncGenerator[TailedEvent]:
+        """`Client.tail` for asyncio. It begins when its first event is awaited."""
+        query = tail_calls.query_of(plan=plan, queue=queue, tags=tags, event=event, since=since)
+        tailer = Tailer(query, timeout=timeout, on_reset=on_reset, backoff=self._backoff)
+        await self._perform(tail_calls.reach())
+        with suppress(TimeIsUp):
+            async with aclosing(self._follow(tailer)) as events:
+                async for event_of_run in events:
+                    yield event_of_run
 
     async def _perform(self, exchange: Exchange[T]) -> T:
         """The result of an exchange of requests."""
@@ -218,11 +272,11 @@ class AsyncClient:
         raise AssertionError("unreachable")
 
 
-async def within(follower: Follower, frame: Awaitable[T]) -> T:
-    """The next frame. Raises WaitTimeout when the follower's time is up."""
-    if follower.deadline is None:
+async def within(viewer: Viewer[Any], frame: Awaitable[T]) -> T:
+    """The next frame. Raises the viewer's `too_late` when its time is up."""
+    if viewer.deadline is None:
         return await frame
     try:
-        return await asyncio.wait_for(frame, follower.left())
+        return await asyncio.wait_for(frame, viewer.left())
     except TimeoutError as error:
-        raise follower.too_late() from error
+        raise viewer.too_late() from error

@@ -4,24 +4,52 @@ import itertools
 import os
 import socket
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterator,
+    Callable,
+    Generator,
+    Iterator,
+    Mapping,
+    Sequence,
+)
+from contextlib import aclosing, closing, contextmanager, suppress
+from datetime import datetime
+from itertools import chain
 from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 
 import httpx2
 
 from beatless.client.streams import check_cursor
 from beatless.errors import BadSetting
-from beatless.http import approval_calls, calls, group_calls, limit_calls, schedule_calls, wire
+from beatless.http import (
+    approval_calls,
+    calls,
+    group_calls,
+    limit_calls,
+    schedule_calls,
+    tail_calls,
+    wire,
+)
 from beatless.http.aio import AsyncClient
 from beatless.http.calls import named_as
-from beatless.http.follower import FRAME_LIMIT, RETRY, STALL_S, Follower, Interrupted
+from beatless.http.follower import (
+    FRAME_LIMIT,
+    RETRY,
+    STALL_S,
+    Follower,
+    Interrupted,
+    Tailer,
+    TimeIsUp,
+    Viewer,
+)
 from beatless.http.tls import trusted
 from beatless.http.wire import Exchange
 from beatless.orchestrator.events import Event
 from beatless.orchestrator.records import Run
 from beatless.outbox import forks
 from beatless.outbox.backoff import Backoff
+from beatless.streams.tailed import TailedEvent
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -194,40 +222,135 @@ class Client:
         follower = Follower(
             run.run_id, from_seq, timeout=timeout, on_reset=on_reset, backoff=self._backoff
         )
-        return self._follow(follower)
+        return (event for event in self._follow(follower) if event is not None)
 
-    def _follow(self, follower: Follower) -> Iterator[Event]:
+    def _follow(self, viewer: Viewer[T]) -> Generator[T | None]:
+        """What each frame brings, which may be nothing."""
         while True:
             pid = self._pid
             request = self._http.build_request(
                 "GET",
-                wire.path_of("runs", follower.run_id, "stream"),
-                headers=follower.headers,
-                timeout=httpx2.Timeout(self._timeout, read=follower.patience(self._stall)),
+                viewer.path,
+                params=viewer.query,
+                headers=viewer.headers,
+                timeout=httpx2.Timeout(self._timeout, read=viewer.patience(self._stall)),
             )
             try:
                 response = self._http.send(request, stream=True)
                 try:
                     if response.status_code != 200:
                         response.read()
-                    if not follower.accept(response):
+                    if not viewer.accept(response):
                         return
-                    with cut_after(response, follower.left()):
+                    with cut_after(response, viewer.left()):
                         for frame in httpx2.EventSource(response, FRAME_LIMIT):
-                            event = follower.feed(frame)
-                            if event is not None:
-                                yield event
-                                if event.final:
-                                    return
-                                if pid != self._pid:
-                                    raise Interrupted("its connection is another process's")
+                            yield viewer.feed(frame)
+                            if viewer.ended:
+                                return
+                            if pid != self._pid:
+                                raise Interrupted("its connection is another process's")
                 finally:
                     if pid == self._pid:
                         response.close()
-                delay = follower.closed()
+                delay = viewer.closed()
             except (httpx2.TransportError, Interrupted) as error:
-                delay = follower.failed(error)
+                delay = viewer.failed(error)
             self._closed.wait(delay)
+
+    def tail(
+        self,
+        *,
+        plan: str | Sequence[str] | None = None,
+        queue: str | None = None,
+        tags: Mapping[str, str] | None = None,
+        event: str | Sequence[str] | None = None,
+        since: datetime | None = None,
+        timeout: float | None = None,
+        on_reset: Callable[[], None] | None = None,
+    ) -> Generator[TailedEvent]:
+        """The events of all runs of the token's namespace as one stream, as they are published.
+
+        Of runs of one of these plans, of this queue, with all of these tags; of these types. It
+        begins when it is called, or with the events `since` a time, and ends after `timeout`
+        seconds, without it never: close it, or break out of the loop. Each event comes once, those
+        of a run in their order; runs are in the order of arrival. It continues after any loss of
+        the connection or the server. When the database was restored or failed over, events may be
+        gone that were given, and others may never come: it raises HistoryChanged; or it calls
+        `on_reset`, and goes on with the present. Raises BadRequest and AccessDenied.
+
+        >>> tail = client.tail(plan="checkout", event=["RunStarted", "RunFinished"], timeout=10)
+        >>> run = client.start_run("checkout", {"order": 1})
+        >>> executed = beatless.work_until_idle()
+        >>> for told in tail:
+        ...     print(told.plan, told.event.type)
+        ...     if told.event.final:
+        ...         break
+        checkout RunStarted
+        checkout RunFinished
+        """
+        query = tail_calls.query_of(plan=plan, queue=queue, tags=tags, event=event, since=since)
+        tailer = Tailer(query, timeout=timeout, on_reset=on_reset, backoff=self._backoff)
+        self._perform(tail_calls.reach())
+        frames = self._follow(tailer)
+        # Begun here, and not with the first event: what is started from here on is not missed.
+        first: list[TailedEvent | None] = []
+        with suppress(TimeIsUp):
+            while not tailer.begun:
+                first.append(next(frames))
+
+        def events() -> Generator[TailedEvent]:
+            with closing(frames), suppress(TimeIsUp):
+                yield from (each for each in chain(first, frames) if each is not None)
+
+        return events()
+
+    def atail(
+        self,
+        *,
+        plan: str | Sequence[str] | None = None,
+        queue: str | None = None,
+        tags: Mapping[str, str] | None = None,
+        event: str | Sequence[str] | None = None,
+        since: datetime | None = None,
+        timeout: float | None = None,
+        on_reset: Callable[[], None] | None = None,
+    ) -> AsyncGenerator[TailedEvent]:
+        """`tail` for asyncio. It begins when its first event is awaited.
+
+        >>> import asyncio
+        >>> run = client.start_run("checkout", {"order": 1})
+        >>> executed = beatless.work_until_idle()
+        >>> async def told():
+        ...     tail = client.atail(plan="checkout", since=run.created_at, timeout=10)
+        ...     async for each in tail:
+        ...         if each.event.final:
+        ...             return each.event.data["outcome"]
+        >>> asyncio.run(told())
+        'completed'
+        """
+
+        async def events() -> AsyncGenerator[TailedEvent]:
+            async with AsyncClient(
+                self._url,
+                token=self._token,
+                timeout=self._timeout,
+                stall=self._stall,
+                backoff=self._backoff,
+            ) as client:
+                tail = client.atail(
+                    plan=plan,
+                    queue=queue,
+                    tags=tags,
+                    event=event,
+                    since=since,
+                    timeout=timeout,
+                    on_reset=on_reset,
+                )
+                async with aclosing(tail):
+                    async for each in tail:
+                        yield each
+
+        return events()
 
     def astream_run(
         self,

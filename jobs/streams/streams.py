@@ -43,8 +43,10 @@ if TYPE_CHECKING:
     import redis
     from redis import asyncio as aioredis
 
+    from beatless.cursors import TailPlace
     from beatless.streams.hub import Hub
-    from beatless.streams.tail import Choice, TailedEvent
+    from beatless.streams.tail import Tail
+    from beatless.streams.tailed import Choice
 
 T = TypeVar("T")
 
@@ -186,30 +188,35 @@ class Streams:
         choice: "Choice",
         *,
         since: datetime | None = None,
-        on_reset: Callable[[], None] = lambda: None,
-    ) -> Iterator[list["TailedEvent"]]:
-        """Events of all runs that are chosen, from now or `since` on, as they are published.
+        after: "TailPlace | None" = None,
+        timeout: float | None = None,
+        idle: float | None = None,
+    ) -> "Tail":
+        """A tail of all runs that are chosen, from now or `since` on, or `after` another's place.
 
-        Without an end, for a thread that may block; see `streams.tail`. An empty list: all is given
-        that there was until now.
+        It ends after `timeout` seconds; see `streams.tail`.
         """
+        from beatless.streams.async_subscription import AsyncSubscription
         from beatless.streams.subscription import Subscription
         from beatless.streams.tail import Tail
 
+        pattern = every_channel(self._prefix)
         return Tail(
             choice,
             journal=self._journal,
             engine=self._engine,
             origin=self._origin,
-            subscription=Subscription(
-                self._redis_client, every_channel(self._prefix), of_all_runs=True
-            ),
+            subscription=lambda: Subscription(self._redis_client, pattern, of_all_runs=True),
+            async_subscription=lambda: AsyncSubscription(self._aredis_client, pattern),
             own_channel=self._known_channel,
             head_check=self._head_check,
             without_redis=self._without_redis,
+            observer=self._observer,
             since=since,
-            on_reset=on_reset,
-        ).follow()
+            after=after,
+            timeout=timeout,
+            idle=idle,
+        )
 
     def _backfill(
         self, cursor: Cursor, history: History, reason: BackfillReason, limit: Timeout

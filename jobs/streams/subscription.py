@@ -121,7 +121,24 @@ class Subscription:
                 return None
             if not message:
                 break
-            found.append((message["channel"].decode(errors="replace"), message["data"]))
+            found.append(channel_and_body(message))
+        return found
+
+    def probe(self, timeout: float) -> list[tuple[str, bytes]] | None:
+        """`messages` after a question that Redis answers with one; None without an answer too.
+
+        A Redis that is stopped, or gone without a word, closes nothing.
+        """
+        if self._pubsub is not None:
+            try:
+                self._pubsub.ping()
+            except (RedisError, OSError):
+                self.close()
+                return None
+        found = self.messages(timeout)
+        if found == []:
+            self.close()
+            return None
         return found
 
     def _receive(self, timeout: float) -> dict[str, Any] | None:
@@ -143,3 +160,8 @@ class Subscription:
         if self._redis is not None:
             self._redis.close()
         self._pubsub = self._redis = None
+
+
+def channel_and_body(message: dict[str, Any]) -> tuple[str, bytes]:
+    """Those of a message; an answer to `probe` has no channel."""
+    return (message["channel"] or b"").decode(errors="replace"), message["data"]

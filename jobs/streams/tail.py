@@ -3,24 +3,29 @@
 1. subscribe to the channels of all runs, and wait for Redis to acknowledge
 2. look a run up when its first message arrives: whether it is chosen, and from which event on
 3. put its events into order; a hole is read from the journal
-4. after an outage of Redis, read what was missed: of the known runs, and of those that have started
-   or ended meanwhile
+4. after an outage of Redis, and of what is past when it begins, read what was missed: of the known
+   runs, of those that have started or ended meanwhile, and of the unfinished ones that have moved
 
 Each event is given once, and those of a run in their order; runs are in the order of arrival. While
-nobody tails, it costs nothing. A run that is silent since before the tail, and moved during an
-outage only, is found with its next event, and the ones before it are not left out.
+nobody tails, it costs nothing. A tail does no I/O with Redis itself: it asks its driver, of which
+there is one for threads and one for asyncio.
 """
 
+import asyncio
 import json
 import logging
+import math
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from itertools import chain
+from typing import Any, TypeAlias
 
 import sqlalchemy
 
+from beatless.cursors import TailPlace
 from beatless.namespaces import namespace_of
 from beatless.orchestrator.errors import EventsPruned, RunNotFound
 from beatless.orchestrator.events import Event, EventText
@@ -28,13 +33,17 @@ from beatless.orchestrator.journal import Journal
 from beatless.outbox.backoff import Backoff
 from beatless.outbox.clock import monotonic
 from beatless.outbox.message import run_of
+from beatless.outbox.observer import Observer
 from beatless.outbox.queries import Caller, execute
 from beatless.outbox.statements import statements
+from beatless.streams.async_subscription import AsyncSubscription
 from beatless.streams.cursor import Cursor
 from beatless.streams.history import Origin
 from beatless.streams.messages import parse
+from beatless.streams.observer import StreamClosed, StreamOpened
 from beatless.streams.pager import Pager
 from beatless.streams.subscription import Subscription
+from beatless.streams.tailed import Choice
 from beatless.streams.waiting import GAP_PAUSE_S, POSTGRES_AWAY
 
 logger = logging.getLogger("beatless.stream")
@@ -45,28 +54,61 @@ KNOWN_RUNS = 100_000
 PAGE_RUNS = 1000
 """Runs that one statement lists or looks up."""
 
+ANSWER_S = 5.0
+"""Seconds within which Redis gives a sign of life, if it is there."""
+
 LATE_S = 60.0
 """Seconds by which a start or an end may be committed, or published, after its time."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Choice:
-    """The runs of a tail: all of a namespace, or those with this plan, queue and tags."""
-
-    namespace: str
-    plans: Sequence[str] = ()
-    """One of these; without any, every plan."""
-    queue: str | None = None
-    tags: Mapping[str, str] = field(default_factory=dict)
-    """All of these."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TailedEvent:
-    """An event, and the plan of its run."""
+class TailedText:
+    """An event as text and as an object, and the plan of its run."""
 
     plan: str
+    text: EventText
     event: Event
+
+
+@dataclass(frozen=True, slots=True)
+class Subscribe:
+    """Be subscribed to the channels of all runs. The answer: whether Redis has acknowledged it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Receive:
+    """The messages that come within so many seconds. The answer is None if one may be lost."""
+
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """`Receive` after a question that Redis answers. The answer is None without a message."""
+
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Rest:
+    """Let so many seconds pass."""
+
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Reset:
+    """The database has another history: events that were given may be gone, others may never come.
+
+    The tail begins anew with the present.
+    """
+
+
+Batch: TypeAlias = list[TailedText]
+Steps: TypeAlias = Generator[Batch | Subscribe | Receive | Probe | Rest | Reset, Any, None]
+"""What a tail asks of its driver, and the batches that it gives."""
+Answer: TypeAlias = bool | list[tuple[str, bytes]] | None
+NO_ANSWER: Answer = None
 
 
 class _Tailed:
@@ -84,19 +126,19 @@ class _Tailed:
         """The seq after which a hole was looked for, and when."""
         self.sought_at = 0.0
 
-    def feed(self, events: Iterable[EventText]) -> list[TailedEvent]:
+    def feed(self, events: Iterable[EventText]) -> Batch:
         """The events that are now next in order."""
         found = []
         for text in self.cursor.feed(events):
             event = text.event()
             self.ended = self.ended or event.final
             self.moved_ms = event.ts
-            found.append(TailedEvent(plan=self.plan, event=event))
+            found.append(TailedText(plan=self.plan, text=text, event=event))
         return found
 
 
 class Tail:
-    """One tail, for a thread that may block. Ends when its iterator is closed."""
+    """One tail: `follow` it in a thread that may block, or `afollow` it in a loop, once."""
 
     def __init__(
         self,
@@ -105,71 +147,160 @@ class Tail:
         journal: Journal,
         engine: sqlalchemy.Engine,
         origin: Origin,
-        subscription: Subscription,
+        subscription: Callable[[], Subscription],
+        async_subscription: Callable[[], AsyncSubscription],
         own_channel: Callable[[str], str],
         head_check: float,
         without_redis: float,
+        observer: Observer,
         since: datetime | None = None,
-        on_reset: Callable[[], None] = lambda: None,
+        after: TailPlace | None = None,
+        timeout: float | None = None,
+        idle: float | None = None,
     ) -> None:
-        """`since` begins it in the past, and `on_reset` is called when the database has another
-        history: events that were given may be gone, and it begins anew with the present.
+        """`since` begins it in the past, `after` where another one was; `timeout` ends it.
 
-        `own_channel` gives the channel of a run; `subscription` is to the channels of all.
+        `own_channel` gives the channel of a run; the subscriptions are to the channels of all. At
+        the latest after `idle` seconds there is a batch, which may be empty.
         """
         self._choice = choice
         self._journal = journal
         self._engine = engine
         self._origin = origin
         self._subscription = subscription
+        self._async_subscription = async_subscription
         self._own_channel = own_channel
         self._head_check = head_check
         self._without_redis = without_redis
-        self._began = since
-        self._on_reset = on_reset
+        self._observer = observer
+        self._idle = idle
+        self._deadline = None if timeout is None else monotonic() + timeout
         self._sql = statements(__file__, journal.schema, page_runs=PAGE_RUNS)
         self._chosen: OrderedDict[str, _Tailed] = OrderedDict()
         self._others: OrderedDict[str, None] = OrderedDict()
         self._epoch = ""
-        self._seen_all_until = since
-        """No start and no end before was missed, but for those that were late."""
-        self._looked_at = since
+        self._began = self._seen_all_until = since
+        """No start and no end before `_seen_all_until` was missed, but for those that were late."""
+        if after is not None:
+            self._epoch, self._seen_all_until = after.epoch, after.seen
+            self._began = max(after.began, after.seen - timedelta(seconds=LATE_S))
+        self._looked_at = self._seen_all_until
+        self._unheard_since = self._seen_all_until
+        """Any unfinished run may have moved since then, and no message has told of it."""
+        self._all_at = -math.inf
+        """When all of these are looked at while Redis is away."""
 
-    def follow(self) -> Iterator[list[TailedEvent]]:
-        """Events as they come. An empty list: all is given that there was until now."""
-        backoff, failures = Backoff(initial=0.1, cap=2.0), 0
+    @property
+    def place(self) -> TailPlace | None:
+        """Where another tail may go on: no event is left out then. None before the first batch."""
+        if self._began is None or self._seen_all_until is None or not self._epoch:
+            return None
+        seen = min(self._seen_all_until, self._unheard_since or self._seen_all_until)
+        return TailPlace(epoch=self._epoch, began=self._began, seen=seen)
+
+    def follow(self, on_reset: Callable[[], None] = lambda: None) -> Generator[Batch]:
+        """Events as they come. An empty list: all is given that there was until now.
+
+        `on_reset` is called when the database has another history: see `Reset`.
+        """
+        subscription, steps, answer = self._subscription(), self._steps(), NO_ANSWER
+        self._observer(StreamOpened())
         try:
-            while True:
-                live = self._subscription.ensure()
-                try:
-                    yield from self._catch_up()
-                    failures = 0
-                    yield []
-                    yield from self._listen(live)
-                except POSTGRES_AWAY as error:
-                    failures += 1
-                    logger.warning(
-                        "journal cannot be read, the tail waits",
-                        extra={"action": "stream_waits", "reason": str(error)},
-                    )
-                    threading.Event().wait(backoff.delay(failures))
+            while (step := _next(steps, answer)) is not None:
+                answer = NO_ANSWER
+                match step:
+                    case Subscribe():
+                        answer = subscription.ensure()
+                    case Receive(seconds):
+                        answer = subscription.messages(seconds)
+                    case Probe(seconds):
+                        answer = subscription.probe(seconds)
+                    case Rest(seconds):
+                        threading.Event().wait(seconds)
+                    case Reset():
+                        on_reset()
+                    case _:
+                        yield step
         finally:
-            self._subscription.close()
+            self._observer(StreamClosed())
+            subscription.close()
 
-    def _listen(self, live: bool) -> Iterator[list[TailedEvent]]:
+    async def afollow(self, on_reset: Callable[[], None] = lambda: None) -> AsyncGenerator[Batch]:
+        """`follow` for asyncio. Reads Postgres in threads, one statement after another."""
+        subscription, steps, answer = self._async_subscription(), self._steps(), NO_ANSWER
+        self._observer(StreamOpened())
+        try:
+            while (step := await asyncio.to_thread(_next, steps, answer)) is not None:
+                answer = NO_ANSWER
+                match step:
+                    case Subscribe():
+                        answer = await subscription.ensure()
+                    case Receive(seconds):
+                        answer = await subscription.messages(seconds)
+                    case Probe(seconds):
+                        answer = await subscription.probe(seconds)
+                    case Rest(seconds):
+                        await asyncio.sleep(seconds)
+                    case Reset():
+                        on_reset()
+                    case _:
+                        yield step
+        finally:
+            self._observer(StreamClosed())
+            await subscription.aclose()
+
+    def _steps(self) -> Steps:
+        backoff, failures = Backoff(initial=0.1, cap=2.0), 0
+        while not self._over:
+            live = yield Subscribe()
+            if not live:
+                self._miss()
+            try:
+                yield from self._catch_up(live=live)
+                failures = 0
+                yield []
+                yield from self._listen(live)
+            except POSTGRES_AWAY as error:
+                failures += 1
+                logger.warning(
+                    "journal cannot be read, the tail waits",
+                    extra={"action": "stream_waits", "reason": str(error)},
+                )
+                yield Rest(self._at_most(backoff.delay(failures)))
+
+    @property
+    def _over(self) -> bool:
+        return self._deadline is not None and monotonic() >= self._deadline
+
+    def _at_most(self, seconds: float) -> float:
+        """So many seconds, or those that are left."""
+        left = seconds if self._deadline is None else self._deadline - monotonic()
+        return max(0.0, min(seconds, left))
+
+    def _listen(self, live: bool) -> Steps:
         """Pass on what arrives, until something may have been missed."""
-        heard = False
+        heard, idle = False, math.inf if self._idle is None else self._idle
         look_at = monotonic() + (self._head_check if live else self._without_redis)
-        while True:
-            arrived = self._subscription.messages(max(0.0, look_at - monotonic()))
+        idle_at = monotonic() + idle
+        while not self._over:
+            arrived = yield Receive(self._at_most(min(look_at, idle_at) - monotonic()))
             if arrived is None:
+                self._miss()
                 return
             heard = heard or bool(arrived)
             yield from self._pass_on(arrived)
+            if monotonic() >= idle_at:
+                idle_at = monotonic() + idle
+                yield []
             if monotonic() < look_at:
                 continue
-            if not heard:
-                return  # nothing happened, or the connection is dead
+            if not heard:  # nothing happened, or the connection is dead
+                arrived = yield Probe(self._at_most(ANSWER_S))
+                if arrived is None:
+                    self._miss()
+                else:
+                    yield from self._pass_on(arrived)
+                return
             with self._engine.begin() as connection:
                 if self._is_other_history(connection):
                     return
@@ -179,25 +310,45 @@ class Tail:
             yield from self._read_heads()
             heard, look_at = False, monotonic() + self._head_check
 
-    def _catch_up(self) -> Iterator[list[TailedEvent]]:
+    def _catch_up(self, *, live: bool) -> Steps:
         with self._engine.begin() as connection:
-            if self._is_other_history(connection):
+            other = self._is_other_history(connection)
+            if other:
                 self._chosen.clear()
                 self._others.clear()
                 self._began = self._seen_all_until = None
-                self._on_reset()
             self._epoch = self._origin.epoch(connection)
             now = self._time(connection)
+        if other:
+            yield Reset()
         if self._began is None or self._seen_all_until is None:
             self._began = self._seen_all_until = self._looked_at = now
+            self._looked_at_all(live, now)
             return
+        self._began = min(self._began, now)
         since = self._seen_all_until - timedelta(seconds=LATE_S)
-        for listing in (self._sql["started"], self._sql["ended"]):
-            for run_ids in self._listed(listing, since):
-                yield from self._read([*self._look_up(run_ids)])
-                self._forget()
+        listed = [self._listed(self._sql[name], since) for name in ("started", "ended")]
+        # It looks at every unfinished run: not each second while Redis is away.
+        all_of_them = self._unheard_since is not None and (live or monotonic() >= self._all_at)
+        if self._unheard_since is not None and all_of_them:
+            listed.append(self._moved(self._unheard_since - timedelta(seconds=LATE_S)))
+        for run_ids in chain.from_iterable(listed):
+            yield from self._read([*self._look_up(run_ids)])
+            self._forget()
         yield from self._read_heads()
+        if all_of_them:
+            self._looked_at_all(live, now)
         self._seen_all_until = self._looked_at = now
+
+    def _miss(self) -> None:
+        """From now on messages may be lost."""
+        if self._unheard_since is None:
+            self._unheard_since = self._seen_all_until
+
+    def _looked_at_all(self, live: bool, now: datetime) -> None:
+        """Every unfinished run was looked at, after this time."""
+        self._unheard_since = None if live else now
+        self._all_at = monotonic() + self._head_check
 
     def _is_other_history(self, connection: Caller) -> bool:
         return self._epoch not in ("", self._origin.epoch(connection))
@@ -218,6 +369,17 @@ class Tail:
                 yield [found for _, found in rows if self._may_be_chosen(found)]
             if len(rows) < PAGE_RUNS:
                 return
+
+    def _moved(self, since: datetime) -> Iterator[list[str]]:
+        """The unfinished runs that have had events after a time, by pages."""
+        after = ""
+        while True:
+            with self._engine.begin() as connection:
+                rows = execute(connection, self._sql["moved"], {"after_id": after, "since": since})
+            yield [found for found, moved in rows if moved and self._may_be_chosen(found)]
+            if len(rows) < PAGE_RUNS:
+                return
+            after = rows[-1][0]
 
     def _may_be_chosen(self, run_id: str) -> bool:
         return run_id not in self._others and namespace_of(run_id) == self._choice.namespace
@@ -259,7 +421,7 @@ class Tail:
             if self._began is not None and run.moved_ms:
                 self._began = max(self._began, last)
 
-    def _pass_on(self, arrived: Sequence[tuple[str, bytes]]) -> Iterator[list[TailedEvent]]:
+    def _pass_on(self, arrived: Sequence[tuple[str, bytes]]) -> Iterator[Batch]:
         events: dict[str, list[EventText]] = {}
         for channel, body in arrived:
             run_id = run_of(channel)
@@ -273,7 +435,7 @@ class Tail:
             if run is None:
                 continue
             self._chosen.move_to_end(run_id)
-            if batch := run.feed(texts):
+            if batch := self._wanted(run.feed(texts)):
                 yield batch
             if run.cursor.missing:
                 run.cursor.forget()
@@ -283,7 +445,11 @@ class Tail:
         yield from self._read(with_holes)
         self._forget()
 
-    def _read_heads(self) -> Iterator[list[TailedEvent]]:
+    def _wanted(self, batch: Batch) -> Batch:
+        types = self._choice.events
+        return [each for each in batch if each.text.type in types] if types else batch
+
+    def _read_heads(self) -> Iterator[Batch]:
         """Read what the journal has of known runs, and the tail has not."""
         unfinished = [run_id for run_id, run in self._chosen.items() if not run.ended]
         for start in range(0, len(unfinished), PAGE_RUNS):
@@ -297,7 +463,7 @@ class Tail:
                 [each for each in some if heads.get(each, 0) > self._chosen[each].cursor.seq]
             )
 
-    def _read(self, run_ids: Sequence[str]) -> Iterator[list[TailedEvent]]:
+    def _read(self, run_ids: Sequence[str]) -> Iterator[Batch]:
         """What the journal has of these runs."""
         for run_id in run_ids:
             run, pager, more = self._chosen[run_id], Pager(), True
@@ -317,5 +483,15 @@ class Tail:
                     run.cursor = Cursor(error.oldest - 1)
                     continue
                 pager.learn(page)
-                if batch := run.feed(page):
+                if batch := self._wanted(run.feed(page)):
                     yield batch
+
+
+def _next(
+    steps: Steps, answer: Answer
+) -> Batch | Subscribe | Receive | Probe | Rest | Reset | None:
+    """The next step, after the answer to the last one; None at the end."""
+    try:
+        return steps.send(answer)
+    except StopIteration:
+        return None

@@ -31,3 +31,12 @@ SELECT ts, run_id FROM {schema}.run_events
  WHERE type = 'RunFinished' AND ts >= %(after_at)s::timestamptz
    AND (ts, run_id) > (%(after_at)s::timestamptz, %(after_id)s::text)
  ORDER BY ts, run_id LIMIT {page_runs}
+
+-- name: moved
+-- List unfinished runs in the order of their ids, and whether each has had an event since a time.
+SELECT d.run_id,
+       (SELECT e.ts >= %(since)s::timestamptz FROM {schema}.runs r
+          JOIN {schema}.run_events e ON e.run_id = r.run_id AND e.seq = r.last_seq
+         WHERE r.run_id = d.run_id)
+  FROM {schema}.dispatches d WHERE d.run_id > %(after_id)s::text
+ ORDER BY d.run_id LIMIT {page_runs}

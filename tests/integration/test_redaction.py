@@ -154,7 +154,7 @@ def test_no_address_of_the_api_shows_it_of_a_run_that_has_everything(kit: Kit) -
             path.format(run_id=run, name="daily", letter_id=1)
             for path, methods in http.get("/openapi.json").json()["paths"].items()
             for run in (run_id, child.run_id)
-            if "get" in methods
+            if "get" in methods and path != "/v1/stream"  # it does not end: see below
         ]
         waiting = [http.get(path) for path in paths if not path.endswith("/stream")]
         kit.client.cancel_run(run_id)

@@ -1,22 +1,27 @@
 """A tail gives the events of all chosen runs, each once and those of a run in order."""
 
+import asyncio
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import pytest
 import redis
 
 from beatless import App, Event
+from beatless.cursors import TailPlace, encode_tail, parse_tail_id
 from beatless.orchestrator.records import Run
 from beatless.outbox.message import channel_for
 from beatless.streams import tail as tail_module
 from beatless.streams.streams import Streams
-from beatless.streams.tail import Choice, TailedEvent
+from beatless.streams.tail import Batch, Tail
+from beatless.streams.tailed import Choice
 from beatless.testing import Kit
+from tests.proxy import proxy
 
 ALL = Choice(namespace="default")
 
-Tail = Iterator[list[TailedEvent]]
+Batches = Iterator[Batch]
 
 
 def streams(app: App, **options: object) -> Streams:
@@ -25,7 +30,7 @@ def streams(app: App, **options: object) -> Streams:
         "journal": app.journal,
         "engine": app.engine,
         "redis_client": lambda: app.settings.redis.client(client_name=app.settings.prefix),
-        "aredis_client": app.aredis,
+        "aredis_client": lambda: app.settings.redis.aclient(client_name=app.settings.prefix),
         "prefix": app.settings.prefix,
         "head_check": 3600.0,
         "without_redis": 0.05,
@@ -33,14 +38,56 @@ def streams(app: App, **options: object) -> Streams:
     return Streams(**{**parts, **options})
 
 
-def begun(app: App, choice: Choice = ALL, **options: object) -> Tail:
+def begun(app: App, choice: Choice = ALL, **options: object) -> Batches:
     """A tail that has begun: what is published from here on comes to it."""
-    tail = streams(app, **options).tail(choice)
+    tail = streams(app, **options).tail(choice).follow()
     assert next(tail) == []
     return tail
 
 
-def until_end_of(tail: Tail, *runs: Run) -> list[tuple[str, int]]:
+class InLoop:
+    """A tail that is followed in a loop, for tests in a thread."""
+
+    def __init__(self, tail: Tail, on_reset: Callable[[], None]) -> None:
+        self._runner = asyncio.Runner()
+        self._batches = tail.afollow(on_reset)
+
+    def __iter__(self) -> "InLoop":
+        return self
+
+    def __next__(self) -> Batch:
+        async def next_batch() -> Batch | None:
+            return await anext(self._batches, None)
+
+        batch = self._runner.run(next_batch())
+        if batch is None:
+            raise StopIteration
+        return batch
+
+    def close(self) -> None:
+        self._runner.run(self._batches.aclose())
+        self._runner.close()
+
+
+Follow = Callable[..., Batches]
+
+
+@pytest.fixture(params=["in a thread", "in a loop"])
+def follow(request: pytest.FixtureRequest) -> Iterator[Follow]:
+    """Follows a tail by one of the two ways to do it."""
+    opened = []
+
+    def follow(tail: Tail, on_reset: Callable[[], None] = lambda: None) -> Batches:
+        in_thread = request.param == "in a thread"
+        opened.append(tail.follow(on_reset) if in_thread else InLoop(tail, on_reset))
+        return opened[-1]
+
+    yield follow
+    for tail in opened:
+        tail.close()
+
+
+def until_end_of(tail: Batches, *runs: Run) -> list[tuple[str, int]]:
     """The events that come until these runs have ended."""
     found, unfinished = [], {run.run_id for run in runs}
     while unfinished:
@@ -51,7 +98,7 @@ def until_end_of(tail: Tail, *runs: Run) -> list[tuple[str, int]]:
     return found
 
 
-def until_caught_up(tail: Tail) -> list[tuple[str, int]]:
+def until_caught_up(tail: Batches) -> list[tuple[str, int]]:
     """The events that come until all is given that was there."""
     found = []
     while batch := next(tail):
@@ -89,8 +136,11 @@ def body(event: Event) -> str:
     return json.dumps(event.to_dict())
 
 
-def test_events_of_all_runs_come_each_once_and_in_order(beatless: Kit, beatless_app: App) -> None:
-    tail = begun(beatless_app)
+def test_events_of_all_runs_come_each_once_and_in_order(
+    beatless: Kit, beatless_app: App, follow: Follow
+) -> None:
+    tail = follow(streams(beatless_app).tail(ALL))
+    assert next(tail) == []
     runs = [beatless.start_run("two_steps") for _ in range(3)]
     beatless.work_until_idle()
     last = beatless.start_run("two_steps")
@@ -158,8 +208,14 @@ def test_a_run_from_before_the_tail_that_was_not_heard_is_found_with_its_next_ev
     assert until_end_of(tail, run) == of(run, 2)
 
 
-def test_a_lost_connection_loses_nothing(beatless: Kit, beatless_app: App) -> None:
-    tail = begun(beatless_app)
+def test_a_lost_connection_loses_nothing(
+    beatless: Kit, beatless_app: App, follow: Follow, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tail_module, "LATE_S", 0.0)  # what was started before is not looked at
+    silent = beatless.start_run("two_steps")
+    forget_messages(beatless)
+    tail = follow(streams(beatless_app).tail(ALL))
+    assert next(tail) == []
     known = beatless.start_run("two_steps")
     beatless.drain_outbox_once()
     assert [each.event.seq for each in next(tail)] == [1]
@@ -171,22 +227,42 @@ def test_a_lost_connection_loses_nothing(beatless: Kit, beatless_app: App) -> No
     executed_unheard(beatless, known, new)
     last = beatless.start_run("two_steps")
     executed_unheard(beatless, last)
+    beatless.step(silent.run_id)
+    forget_messages(beatless)
+    moved = len(beatless.client.events(silent.run_id))
 
-    assert until_caught_up(tail) == of(new) + of(last) + of(known, 2)
+    found = until_caught_up(tail)
+
+    assert found[:12] == of(new) + of(last)
+    assert sorted(found[12:]) == sorted(of(known, 2) + of(silent, 2, moved))
 
 
 def test_a_tail_without_redis_reads_the_journal(
-    beatless: Kit, beatless_app: App, shut_port: int
+    beatless: Kit,
+    beatless_app: App,
+    shut_port: int,
+    follow: Follow,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    tail = begun(
+    monkeypatch.setattr(tail_module, "LATE_S", 0.0)  # what was started before is not looked at
+    silent = beatless.start_run("two_steps")
+    refused = {"host": "127.0.0.1", "port": shut_port}
+    without = streams(
         beatless_app,
-        redis_client=lambda: redis.Redis(host="127.0.0.1", port=shut_port),
+        redis_client=lambda: redis.Redis(**refused),
+        aredis_client=lambda: redis.asyncio.Redis(**refused),
         without_redis=0.02,
+        head_check=0.02,
     )
+    tail = follow(without.tail(ALL))
+    assert next(tail) == []
     run = beatless.start_run("two_steps")
     executed_unheard(beatless, run)
 
     assert until_end_of(tail, run) == of(run)
+
+    executed_unheard(beatless, silent)
+    assert until_end_of(tail, silent) == of(silent, 2)
 
 
 def test_a_lost_last_message_is_found_in_the_journal(beatless: Kit, beatless_app: App) -> None:
@@ -237,7 +313,7 @@ def test_a_tail_since_a_time_begins_with_the_past(
     beatless.work_until_idle()
     runs = [beatless.start_run("two_steps") for _ in range(5)]
     beatless.work_until_idle()
-    tail = streams(beatless_app).tail(ALL, since=runs[0].created_at)
+    tail = streams(beatless_app).tail(ALL, since=runs[0].created_at).follow()
     assert until_caught_up(tail) == [each for run in runs for each in of(run)]
     last = beatless.start_run("two_steps")
     beatless.work_until_idle()
@@ -264,10 +340,12 @@ def test_what_was_given_of_a_forgotten_run_is_not_given_again(
     assert until_end_of(tail, last) == of(last)
 
 
-def test_a_tail_goes_on_in_another_history(beatless: Kit, beatless_app: App) -> None:
+def test_a_tail_goes_on_in_another_history(
+    beatless: Kit, beatless_app: App, follow: Follow
+) -> None:
     told: list[None] = []
     following = streams(beatless_app, head_check=0.02)
-    tail = following.tail(ALL, on_reset=lambda: told.append(None))
+    tail = follow(following.tail(ALL), lambda: told.append(None))
     assert next(tail) == []
     before = beatless.start_run("two_steps")
     beatless.work_until_idle()
@@ -296,3 +374,85 @@ def test_a_removed_run_does_not_end_a_tail(beatless: Kit, beatless_app: App) -> 
     beatless.work_until_idle()
 
     assert until_end_of(tail, run) == of(run)
+
+
+def test_a_tail_goes_on_where_another_was(
+    beatless: Kit, beatless_app: App, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tail_module, "LATE_S", 0.0)  # what was started before is not looked at
+    before = beatless.start_run("two_steps")
+    silent, known = (beatless.start_run("two_steps") for _ in range(2))
+    executed_unheard(beatless, before)
+    first = streams(beatless_app).tail(ALL)
+    batches = first.follow()
+    assert next(batches) == []
+    beatless.step(known.run_id)
+    beatless.drain_outbox_once()
+    given = [each.event.seq for each in next(batches)]
+    place = first.place
+    assert place is not None
+    batches.close()
+    new = beatless.start_run("two_steps")
+    executed_unheard(beatless, new, known)
+    beatless.step(silent.run_id)
+    forget_messages(beatless)
+    moved = len(beatless.client.events(silent.run_id))
+    place = parse_tail_id(encode_tail(place), "id")
+
+    found = until_caught_up(streams(beatless_app).tail(ALL, after=place).follow())
+
+    wanted = [*of(new), *of(known, given[0]), *of(silent, 2, moved)]
+    assert sorted(found) == sorted(wanted)
+    assert [each for each in found if each[0] == known.run_id] == of(known, given[0])
+
+
+def test_a_place_in_another_history_is_told_and_the_present_follows(
+    beatless: Kit, beatless_app: App
+) -> None:
+    run = beatless.start_run("two_steps")
+    beatless.work_until_idle()
+    told: list[None] = []
+    place = TailPlace(epoch="another", began=run.created_at, seen=run.created_at)
+    tail = streams(beatless_app).tail(ALL, after=place)
+    batches = tail.follow(lambda: told.append(None))
+
+    assert next(batches) == []
+    assert told == [None]
+    assert tail.place is not None
+    assert tail.place.epoch == beatless.client.epoch()
+    assert tail.place.began > run.created_at
+
+
+def test_a_tail_has_a_batch_in_time_and_ends_in_time(
+    beatless: Kit, beatless_app: App, follow: Follow
+) -> None:
+    tail = follow(streams(beatless_app).tail(ALL, idle=0.01))
+    assert [next(tail) for _ in range(3)] == [[], [], []]
+    ending = follow(streams(beatless_app).tail(ALL, timeout=0.01))
+    assert not any(ending)
+
+
+def test_a_connection_that_has_died_without_a_word_is_replaced(
+    beatless: Kit,
+    beatless_app: App,
+    follow: Follow,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(tail_module, "LATE_S", 0.0)  # what was started before is not looked at
+    monkeypatch.setattr(tail_module, "ANSWER_S", 0.1)
+    silent = beatless.start_run("two_steps")
+    beatless.drain_outbox_once()
+    with proxy(beatless_app.settings.redis.hosts[0][1]) as way:
+        there = replace(beatless_app.settings.redis, hosts=(("127.0.0.1", way.port),))
+        following = streams(
+            beatless_app,
+            redis_client=there.client,
+            aredis_client=there.aclient,
+            head_check=0.02,
+        )
+        tail = follow(following.tail(ALL))
+        assert next(tail) == []
+        way.hold()
+        beatless.work_until_idle()
+
+        assert until_end_of(tail, silent) == of(silent, 2)

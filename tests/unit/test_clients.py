@@ -49,12 +49,13 @@ OF_THE_SERVER = {
     "told",
 }
 OF_THE_CONNECTION = {"from_env", "close", "aclose", "after_fork"}
-WITH_STREAMS = {"stream_run", "astream_run", "wait_for_run"}
+WITH_STREAMS = {"stream_run", "astream_run", "tail", "atail", "wait_for_run"}
 """Not in the table: their I/O is their own."""
 
 
 TWINS = {name for name in dir(Client) if name[0] == "a" and hasattr(Client, name[1:])} - {
-    "astream_run"
+    "astream_run",
+    "atail",
 }
 """Asynchronous calls of an app's client: AsyncClient has them without the a."""
 
@@ -80,7 +81,7 @@ def offers(kind: type) -> dict[str, tuple[list[tuple[str, Any, Any, Any]], Any]]
 def test_the_clients_over_http_have_the_calls_of_an_apps_client() -> None:
     names = offers(Client).keys() - NEED_THE_DATABASE - OF_THE_SERVER - TWINS
     assert offers(HttpClient).keys() == names
-    assert offers(AsyncClient).keys() == names - {"stream_run"}
+    assert offers(AsyncClient).keys() == names - {"stream_run", "tail"}
     assert {"from_env", "after_fork"} <= set(dir(HttpClient)) & set(dir(AsyncClient))
 
 

@@ -1,20 +1,24 @@
-"""Follow a run as server-sent events."""
+"""Follow a run, or all runs, as server-sent events."""
 
 from http import HTTPStatus
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Query, Request, Response
+from pydantic import AwareDatetime
 
 from beatless.api import sse
-from beatless.api.access import GuardedRoute, granted_for
+from beatless.api.access import GuardedRoute, Reader, granted_for
+from beatless.api.bodies import tags_of
 from beatless.api.gate import granted
 from beatless.api.problems import Problem
 from beatless.api.responses import refusals
-from beatless.api.schemas import STREAM, STREAM_TOKEN, answers
+from beatless.api.schemas import STREAM, STREAM_OF_RUNS, STREAM_TOKEN, answers
 from beatless.api.services import services_of
 from beatless.auth import STREAM_TOKEN_S, Scope
-from beatless.cursors import parse_event_id
+from beatless.client.tails import choice_of
+from beatless.cursors import parse_event_id, parse_tail_id
 from beatless.errors import BadRequest
+from beatless.orchestrator.events import EventType
 
 router = APIRouter(route_class=GuardedRoute)
 
@@ -91,4 +95,56 @@ def stream_run(
         after=after,
         reset=reset,
     )
+    return stream
+
+
+@router.get(
+    "/v1/stream",
+    status_code=200,
+    response_class=sse.EventStream,
+    responses=refusals() | STREAM_OF_RUNS,
+)
+def stream_runs(
+    client: Reader,
+    request: Request,
+    plan: Annotated[list[str] | None, Query(description="of runs of one of these")] = None,
+    queue: str | None = None,
+    tag: Annotated[list[str] | None, Query(description="name=value")] = None,
+    event: Annotated[list[EventType] | None, Query(description="of one of these types")] = None,
+    since: Annotated[
+        AwareDatetime | None, Query(description="begin with the events since this time")
+    ] = None,
+    after: Annotated[
+        str | None, Query(description="the id of a frame to go on after, as Last-Event-ID")
+    ] = None,
+) -> Response:
+    """The events of all runs as one stream, as they come; those of a run in order."""
+    services = services_of(request)
+    grant = granted(request)
+    header = request.headers.get("last-event-id")
+    name, text = ("Last-Event-ID", header) if header else ("after", after)
+    try:
+        place = parse_tail_id(text, name) if text else None
+    except BadRequest as error:
+        raise Problem(HTTPStatus.BAD_REQUEST, str(error), error) from error
+    choice = choice_of(
+        grant.namespace,
+        plan=plan,
+        queue=queue,
+        tags=tags_of(tag) if tag else None,
+        event=event,
+        since=since,
+    )
+    # Reserved before anything is read: a burst of requests passes no limit.
+    reservation = services.stream_limits.reserve(grant, of_all_runs=True)
+    try:
+        client.epoch()  # answers 503 while Postgres is away
+    except BaseException:
+        reservation.release()
+        raise
+    stream = sse.EventStream(services.open_streams, reservation)
+    tail = services.streams.tail(
+        choice, since=None if place else since, after=place, idle=sse.KEEP_ALIVE_S
+    )
+    stream.chunks = sse.tail_chunks(tail, services.framing)
     return stream
