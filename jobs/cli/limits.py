@@ -55,18 +55,11 @@ def ls(env: Environment) -> None:
 @click.argument("name", metavar="NAME")
 @click.option("--at-once", type=int, metavar="N", help="Runs with the same key that run at once.")
 @click.option("--rate", metavar="N/PERIOD", help="How many begin in a s, min, h or day: 100/min.")
+@click.option("--force", is_flag=True, help="Also a NAME that no plan has, for plans to come.")
 @click.pass_obj
-def set_(env: Environment, name: str, at_once: int | None, rate: str | None) -> None:
+def set_(env: Environment, name: str, at_once: int | None, rate: str | None, force: bool) -> None:
     """Set what NAME lets run at once, or begin, whatever plans say, also after a deploy."""
-    known = {state.name for state in env.client.limits()}
-    known.update(limit.name for plan in env.app.plans.values() for limit in plan.all_limits)
-    env.client.set_limit(name, at_once, rate=rate)
-    if name not in known:
-        env.note(
-            f"no plan of the App has a limit {name}, and no run of namespace {env.namespace} that "
-            "runs or waits: it is set for those that will; "
-            f"known are: {', '.join(sorted(known)) or 'none'}"
-        )
+    env.client.set_limit(name, at_once, rate=rate, force=force)
     how = f"{rate} begin" if at_once is None else f"{at_once} run at once"
     env.note(
         f"in namespace {env.namespace} limit {name} lets {how}; "

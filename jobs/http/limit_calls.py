@@ -9,29 +9,33 @@ from beatless.orchestrator.limits import LimitState
 def limits() -> Exchange[list[LimitState]]:
     """The limits that are in use, waited for or set, one for each key; 1,000 at most.
 
-    >>> client.set_limit("stripe", 5)
+    >>> client.set_limit("stripe", 5, force=True)
     >>> [(each.name, each.at_once, each.running) for each in client.limits()]
     [('stripe', 5, 0)]
     """
     return ask(Call(method="GET", path=path_of("limits"), read=_states))
 
 
-def set_limit(name: str, at_once: int | None = None, *, rate: str | None = None) -> Exchange[None]:
+def set_limit(
+    name: str, at_once: int | None = None, *, rate: str | None = None, force: bool = False
+) -> Exchange[None]:
     """Let so many runs with the same key run at once, or begin, whatever plans say.
 
     Until `release_limit`. Runs that wait start at once if there is room; those that run go on.
-    Raises BadRequest.
+    Raises BadRequest, also without `force` for a name that no plan of the server's app has, no run
+    that runs or waits, and that is not set.
 
-    >>> client.set_limit("openai", rate="500/min")
+    >>> client.set_limit("openai", rate="500/min", force=True)
     """
     path, body = path_of("limits", name), {"at_once": at_once, "rate": rate}
-    return ask(Call(method="PUT", path=path, body=body, read=_nothing))
+    query = {"force": str(force).lower()}
+    return ask(Call(method="PUT", path=path, body=body, query=query, read=_nothing))
 
 
 def release_limit(name: str) -> Exchange[bool]:
     """Let each run bring the number of its plan again; False if none was set.
 
-    >>> client.set_limit("geocoder", 20)
+    >>> client.set_limit("geocoder", 20, force=True)
     >>> client.release_limit("geocoder"), client.release_limit("geocoder")
     (True, False)
     """

@@ -115,7 +115,7 @@ def shoot_schedules(browser: Browser, url: str, app: App, directory: Path) -> No
 
 def shoot_limits(browser: Browser, url: str, app: App, gates: Path, directory: Path) -> None:
     """Limits of which one binds, and groups of which one has more weight; two runs hold slots."""
-    app.client.set_limit("statements", rate="500/h")
+    app.client.set_limit("statements", rate="500/h", force=True)
     app.client.set_group_weight("ghent", 3)
     runs = [("acct_7", "ghent", 4), ("acct_12", "bruges", 2), ("acct_7", "bruges", 3)]
     for account, group, count in runs:

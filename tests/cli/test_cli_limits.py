@@ -62,17 +62,16 @@ def test_explain_names_the_limit_that_a_run_waits_for_and_who_has_its_slots(
     assert "looked at when there is room" in shown
 
 
-@pytest.mark.parametrize(("name", "said"), [("stripe", False), ("strpe", True)])
-def test_a_limit_that_nothing_has_is_set_and_the_known_ones_are_told(
-    beatless: Kit, command: Command, name: str, said: bool
-) -> None:
-    for _ in range(2):
-        beatless.start_run("charge", {"account": "acct_7"})
-    command("limits", "set", name, "--at-once", "2")
-    assert ("known are: stripe" in command.error) == said
-    assert name in {state.name for state in beatless.client.limits() if state.is_set}
-    command("limits", "set", name, "--at-once", "3")
-    assert "known are" not in command.error  # it is set
+def test_a_limit_that_nothing_has_is_set_by_force_only(beatless: Kit, command: Command) -> None:
+    command("limits", "set", "strpe", "--at-once", "2", status=2)
+    told = " ".join(command.error.split())
+    assert "name is 'strpe', a limit that no plan of this app has" in told
+    assert "known are stripe. For plans to come give force, as in `beatless limits set" in told
+    assert beatless.client.limits() == []
+
+    command("limits", "set", "strpe", "--at-once", "2", "--force")
+    command("limits", "set", "strpe", "--at-once", "3")
+    assert [(each.name, each.at_once) for each in beatless.client.limits()] == [("strpe", 3)]
 
 
 def test_limits_are_those_of_a_namespace(beatless: Kit, command: Command) -> None:

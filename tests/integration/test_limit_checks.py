@@ -76,9 +76,9 @@ def test_what_is_set_without_effect_is_named(beatless: Kit, beatless_app: App) -
     [fine] = examine(beatless_app)
     assert fine.status is Status.OK
     other.client.set_limit("stripe", rate="5/min")
-    other.client.set_limit("llm", 7)
+    other.client.set_limit("llm", 7, force=True)
     other.close()
-    beatless_app.client_for("team").set_limit("former", 7)
+    beatless_app.client_for("team").set_limit("former", 7, force=True)
     [useless] = examine(beatless_app)
     assert useless.status is Status.WARNING
     assert useless.text.endswith(

@@ -206,7 +206,7 @@ def test_a_rate_of_a_limit_of_another_kind_is_refused(beatless: Kit, beatless_ap
             in (str(refused.value))
         )
         caller.set_limit("llm", rate="3/h")
-        caller.set_limit("unknown", rate="3/h")
+        caller.set_limit("unknown", rate="3/h", force=True)
         caller.set_limit("unknown", 3)
     foreign.close()
     assert client.release_limit("llm") is True

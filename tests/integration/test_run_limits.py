@@ -517,6 +517,11 @@ def test_the_limits_of_a_fleet_are_changed_over_http(beatless: Kit, beatless_app
         assert client.release_limit("stripe") is False
         with pytest.raises(BadRequest, match="at_once"):
             client.set_limit("stripe", 0)
+        with pytest.raises(BadRequest, match=r"name is 'strpe', .* known are llm, many, stripe"):
+            client.set_limit("strpe", 3)
+        client.set_limit("strpe", 3, force=True)
+        client.set_limit("strpe", 4)  # it is known by now
+        assert client.release_limit("strpe") is True
 
 
 def test_each_namespace_has_limits_of_its_own(

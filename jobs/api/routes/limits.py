@@ -1,9 +1,9 @@
 """Limits of how many runs hold a lease at once: those of the caller's namespace."""
 
 from dataclasses import asdict
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Query
 
 from beatless.api.access import GuardedRoute, SharesOperator
 from beatless.api.bodies import LimitBody
@@ -19,9 +19,14 @@ def list_limits(client: SharesOperator) -> dict[str, Any]:
 
 
 @router.put("/v1/limits/{name}", responses=refusals())
-def set_limit(name: str, body: LimitBody, client: SharesOperator) -> dict[str, Any]:
+def set_limit(
+    name: str,
+    body: LimitBody,
+    client: SharesOperator,
+    force: Annotated[bool, Query(description="also a name that no plan has")] = False,
+) -> dict[str, Any]:
     """Let so many runs with the same key run at once, or begin, whatever plans say."""
-    client.set_limit(name, body.at_once, rate=body.rate)
+    client.set_limit(name, body.at_once, rate=body.rate, force=force)
     return {"limit": name, "at_once": body.at_once, "rate": body.rate}
 
 
