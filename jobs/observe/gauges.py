@@ -43,6 +43,10 @@ logger = logging.getLogger("beatless.metrics")
 CACHE_S = 5.0
 """How long an answer of Postgres is reused: scrapes are more frequent than changes."""
 
+UNHEARD_S = PRESENCE_EXPIRES_S
+"""How long after a start of Postgres it is not known which workers are there: those that were there
+before tell it within this time."""
+
 TIMEOUT_S = 2.0
 """How long Postgres may take to answer; then a scrape has no gauges."""
 
@@ -74,7 +78,11 @@ class PostgresGauges:
         self._answer: Sequence[Any] | None = None
         self._offset = 0.0
         self._sql = statements(
-            __file__, schema, last_shard=SHARDS - 1, presence_expires_s=PRESENCE_EXPIRES_S
+            __file__,
+            schema,
+            last_shard=SHARDS - 1,
+            presence_expires_s=PRESENCE_EXPIRES_S,
+            unheard_s=UNHEARD_S,
         )
         self._queues = QueueStatements(schema)
 
@@ -94,7 +102,7 @@ class PostgresGauges:
         if answer is None:
             return
         _, usage, pending, age, letters, active, groups, limits, unknown, *rest = answer
-        workers, late, stopped, fired, ages = rest
+        workers, unheard, late, stopped, fired, ages = rest
         yield NOTIFY_QUEUE.metric({(): [usage]})
         yield PENDING.metric({(): [pending]})
         yield OLDEST_AGE.metric({(): [age or 0.0]})
@@ -108,7 +116,13 @@ class PostgresGauges:
         yield from _grouped(groups or [], named)
         yield from _limited([*((name, 0, 0, 0.0) for name in self._limits), *(limits or [])])
         consumed = {queue: (workers or {}).get(queue, 0) for queue, _ in found if queue != "other"}
-        yield QUEUE_WORKERS.metric({(queue,): [count] for queue, count in consumed.items()})
+        yield QUEUE_WORKERS.metric(
+            {
+                (queue,): [count]
+                for queue, count in consumed.items()
+                if count or queue not in (unheard or [])
+            }
+        )
         counts = dict.fromkeys(self._plans, 0) | (unknown or {})
         yield RUNS_UNKNOWN_STEP.metric({(plan,): [runs] for plan, runs in counts.items()})
 

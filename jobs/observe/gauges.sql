@@ -2,7 +2,8 @@
 
 -- name: snapshot
 -- The time, the usage of the notification queue, the outbox's lag, and unfinished runs: counted by
--- queue and state, and by task those at an unknown step; the workers that consume each queue; the runs
+-- queue and state, and by task those at an unknown step; the workers that consume each queue, and queues
+-- of workers that have not told since Postgres has started; the runs
 -- of each limit by its name, and since when they wait; the groups of each queue, and the largest; for how
 -- long a tick of a schedule has been due, schedules that are stopped, and when some have last fired.
 -- Reads in whole: dispatches, run_outbox, to count them.
@@ -40,6 +41,12 @@ SELECT extract(epoch FROM clock_timestamp())::float8, pg_notification_queue_usag
             FROM {schema}.workers CROSS JOIN unnest(queues) AS queue
            WHERE seen_at > clock_timestamp() - make_interval(secs => {presence_expires_s})
            GROUP BY 1) t),
+       -- While Postgres was away no worker could tell that it is there.
+       (SELECT jsonb_agg(DISTINCT queue)
+          FROM {schema}.workers CROSS JOIN unnest(queues) AS queue
+         WHERE seen_at < pg_postmaster_start_time()
+           AND pg_postmaster_start_time()
+               > clock_timestamp() - make_interval(secs => {unheard_s})),
        (SELECT extract(epoch FROM clock_timestamp() - look_at)::float8 FROM {schema}.schedules
          WHERE look_at IS NOT NULL ORDER BY look_at LIMIT 1),
        (SELECT count(*) FROM {schema}.schedules WHERE state = 'stopped'),

@@ -63,6 +63,27 @@ def fetch(url: str) -> Scrape:
         return Scrape(response.read().decode())
 
 
+def test_after_a_start_of_postgres_workers_that_have_not_told_are_not_known(
+    beatless: Kit, beatless_app: App, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However long ago that was."""
+    for queue in ("mail", "slow"):
+        beatless.start_run("two_steps", queue=queue)
+    with beatless_app.engine.begin() as connection:
+        connection.exec_driver_sql(
+            f"INSERT INTO {beatless_app.settings.schema}.workers"
+            " (worker, hostname, queues, processes, version, seen_at)"
+            " VALUES ('w', 'here', '{slow}', 1, '1', pg_postmaster_start_time() - interval '1 min')"
+        )
+    for unheard_s, known in ((1e9, {"mail": 0}), (0.0, {"mail": 0, "slow": 0})):
+        monkeypatch.setattr("beatless.observe.gauges.UNHEARD_S", unheard_s)
+        gauges = PostgresGauges(
+            beatless_app.engine, beatless_app.settings.schema, wanted=lambda: True
+        )
+        (found,) = (each for each in gauges.collect() if each.name == "beatless_queue_workers")
+        assert {each.labels["queue"]: each.value for each in found.samples} == known
+
+
 def test_runs_of_a_group_are_counted_one_by_one(
     beatless: Kit, beatless_app: App, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -69,6 +69,7 @@ VALUES: dict[str, float | str] = {
     "page_runs": 1000,
     "per_shard": 128,
     "presence_expires_s": 30.0,
+    "unheard_s": 30.0,
     "reason": "wait",
     "recent_ends": 1000,
     "recheck_factor": 4,
