@@ -42,14 +42,14 @@ async def lifespan(_: FastAPI):  # type: ignore[no-untyped-def]  # noqa: ANN201
 
 host = FastAPI(lifespan=lifespan)
 host.mount("/jobs", create_api(app, authenticate=authenticate))
+host.get("/follow.js")(lambda: FileResponse(Path(__file__).with_name("follow.js")))
 
 
 @host.get("/")
 def page() -> FileResponse:
     VISITORS.add(visitor := secrets.token_urlsafe())
-    answer = FileResponse(Path(__file__).with_name("viewer.html"))
-    answer.set_cookie("visitor", visitor, httponly=True, samesite="lax")
-    return answer
+    cookie = {"Set-Cookie": f"visitor={visitor}; HttpOnly; SameSite=lax"}
+    return FileResponse(Path(__file__).with_name("viewer.html"), headers=cookie)
 
 
 @host.post("/orders")

@@ -49,7 +49,7 @@ def lent(request: pytest.FixtureRequest) -> Iterator[None]:
 
 def test_each_example_is_short_has_a_head_and_is_listed() -> None:
     index = (EXAMPLES / "README.md").read_text()
-    found = [path for path in EXAMPLES.iterdir() if path.suffix in (".py", ".html")]
+    found = [path for path in EXAMPLES.iterdir() if path.suffix in (".py", ".html", ".js")]
     assert found
     for path in found:
         text = path.read_text()
@@ -104,6 +104,7 @@ def test_a_visitor_of_the_page_orders_and_follows_the_run(
 ) -> None:
     with TestClient(example.host) as stranger, TestClient(example.host) as visitor:
         assert "EventSource" in visitor.get("/").text
+        assert "function follow(" in stranger.get("/follow.js").text
         run_id = visitor.post("/orders").json()["run_id"]
         beatless.work_until_idle()
         stream = visitor.get(f"/jobs/v1/runs/{run_id}/stream").text

@@ -83,6 +83,13 @@ def test_the_page_about_http_names_every_type_of_event_to_readers_and_to_browser
     assert sorted(listed) == sorted(re.findall(r'"(\w+)"', types)) == sorted(EventType)
 
 
+def test_the_client_in_a_browser_of_the_page_about_http_is_that_of_the_examples() -> None:
+    text = (ROOT / "docs" / "http.md").read_text()
+    (shown,) = re.findall(r"```js\n(const TYPES.*?)```", text, flags=re.DOTALL)
+    _, _, code = (ROOT / "examples" / "follow.js").read_text().partition("\n")
+    assert code == shown
+
+
 def test_the_first_page_is_read_in_one_sitting() -> None:
     assert len((ROOT / "README.md").read_text().splitlines()) <= 150
 
