@@ -2,6 +2,7 @@
 
 import inspect
 import os
+import socket
 import threading
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
@@ -72,10 +73,18 @@ PUBLISH_TIMEOUTS = {"socket_timeout": 2, "socket_connect_timeout": 1}
 
 VERSION = metadata.version("beatless")
 
+HOST_CHARS = 20
+"""Of a host, in names of sessions: Postgres cuts them at 63 bytes, and threads that fail follow."""
+
 
 def session_name(*process: str) -> str:
     """The application name of a session in Postgres, with the version: an upgrade looks for it."""
     return " ".join(("beatless", *process, VERSION))
+
+
+def process_name() -> str:
+    """This process and its host, as `4711@web-1`; short, as the name of a session is."""
+    return f"{os.getpid()}@{socket.gethostname().partition('.')[0][:HOST_CHARS]}"
 
 
 def check_plans(plans: object) -> tuple[Plan, ...]:
@@ -377,7 +386,7 @@ class App:
 
         return connect_directly(
             self.settings,
-            session_name("relay"),
+            f"{session_name('relay')} {process_name()}",
             DirectConnection,
             prepare_threshold=1,
         )

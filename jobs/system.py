@@ -25,6 +25,8 @@ class RelayState:
 
     pid: int
     """Of the session, not of the relay's process."""
+    process: str | None
+    """Of the relay: `pid@host`. None where it is not known, as the version."""
     version: str | None
     """None where it is not known: of older ones, or of sessions of another role."""
     address: str | None
@@ -99,7 +101,17 @@ def _redis_version(app: App) -> str | None:
 
 def version_in(application_name: str) -> str | None:
     """The version in the name of a relay's session, which may go on with threads that fail."""
-    return application_name.removeprefix("beatless relay").partition(";")[0].strip() or None
+    return _words(application_name)[0]
+
+
+def process_in(application_name: str) -> str | None:
+    """The process and host in the name of a relay's session."""
+    return _words(application_name)[1]
+
+
+def _words(application_name: str) -> list[str | None]:
+    words = application_name.removeprefix("beatless relay").partition(";")[0].split()
+    return [*words, None, None]
 
 
 def _relays(rows: list[Any]) -> Iterator[RelayState]:
@@ -111,6 +123,7 @@ def _relays(rows: list[Any]) -> Iterator[RelayState]:
         if shard >= SHARDS:  # each relay has this lock, also one that leads no shard
             yield RelayState(
                 pid=pid,
+                process=process_in(name or ""),
                 version=version_in(name or ""),
                 address=address,
                 since=since,

@@ -148,17 +148,20 @@ class Environment:
 
     def note_other_namespaces(self, shown: str) -> None:
         """Tell where else there are runs, to a person who was shown nothing."""
+        if others := self.other_namespaces():
+            self.note(
+                f"these are the {shown} of namespace {self.namespace}; there are runs in others, "
+                f"as --namespace {others[0]}"
+            )
+
+    def other_namespaces(self) -> list[str]:
+        """Namespaces that have runs, at most two, beside that of the command."""
         from beatless.namespaces import namespaces_beside
         from beatless.transactions import reaching_postgres
 
         schema, engine = self.app.settings.schema, self.app.engine
         with reaching_postgres(schema, engine), engine.connect() as connection:
-            others = namespaces_beside(connection, schema, self.namespace)
-        if others:
-            self.note(
-                f"these are the {shown} of namespace {self.namespace}; there are runs in others, "
-                f"as --namespace {others[0]}"
-            )
+            return namespaces_beside(connection, schema, self.namespace)
 
     def log(self) -> None:
         """Log lines to stderr, for the commands that run for long. Loads the app."""

@@ -11,6 +11,7 @@ from rich.markup import escape
 from beatless.cli.environment import Environment, pairs, seconds
 from beatless.cli.options import NAMESPACE, plan_names
 from beatless.cli.render import age, plain, table
+from beatless.client.queues import unknown_queue
 from beatless.errors import BadRequest
 from beatless.orchestrator.errors import RunNotFound
 from beatless.orchestrator.records import Run
@@ -24,7 +25,7 @@ COUNTS = ("queued", "delayed", "waiting", "active", "completed", "failed", "canc
 @click.group(invoke_without_command=True)
 @click.pass_context
 def queues(context: click.Context) -> None:
-    """Every queue with its counts."""
+    """Every queue with its counts, of all namespaces."""
     if context.invoked_subcommand is None:
         context.invoke(list_queues)
 
@@ -32,7 +33,7 @@ def queues(context: click.Context) -> None:
 @queues.command("ls")
 @click.pass_obj
 def list_queues(env: Environment) -> None:
-    """Every queue with its counts."""
+    """Every queue with its counts, of all namespaces."""
     found = env.client.queues()
     if env.as_json:
         for state in found:
@@ -54,6 +55,11 @@ def list_queues(env: Environment) -> None:
     numbers = ("age after", *COUNTS, *more)
     for line in table(("queue", "", *numbers), rows, numbers=numbers):
         env.out.print(line)
+    if others := env.other_namespaces():
+        env.note(
+            f"these are the runs of all namespaces, {others[0]} too; `beatless runs` has those of "
+            f"{env.namespace}"
+        )
 
 
 @queues.command("set")
@@ -129,18 +135,36 @@ def drain(env: Environment, queue: str) -> None:
 @click.argument("queue", metavar="Q")
 @click.option("--force", is_flag=True, help="Also while runs of it are running.")
 @click.option("--yes", is_flag=True, help="Ask nothing; without a terminal nothing is asked.")
+@click.option("--dry-run", is_flag=True, help="Only count the runs to take away.")
 @click.pass_obj
-def obliterate(env: Environment, queue: str, force: bool, yes: bool) -> None:
+def obliterate(env: Environment, queue: str, force: bool, yes: bool, dry_run: bool) -> None:
     """Take away queue Q with all of its runs, ended ones too; prints how many."""
+    if dry_run:
+        runs, running = runs_of(env, queue)
+        if env.as_json:
+            env.document({"runs": runs, "running": running})
+        else:
+            click.echo(f"{runs} runs, {running} of them running")
+        if running and not force:
+            env.note("while they are running it is refused without --force")
+        return
     if not yes and sys.stdin.isatty():
-        states = [state for state in env.client.queues() if state.name == queue]
-        runs = sum(sum(getattr(state, name) for name in COUNTS) for state in states)
+        runs, _ = runs_of(env, queue)
         if not click.confirm(f"Take away queue {queue}, {runs} runs and their events?", err=True):
             env.note("nothing is removed")
             raise click.exceptions.Exit(1)
     removed = env.client.obliterate_queue(queue, force=force)
     env.document({"removed": removed}) if env.as_json else click.echo(removed)
     env.note(f"queue {queue} is removed, and its runs with their events: {removed}")
+
+
+def runs_of(env: Environment, queue: str) -> tuple[int, int]:
+    """(the runs of a queue, those that are running). Raises BadRequest if nothing knows it."""
+    states = [state for state in env.client.queues() if state.name == queue]
+    if not states and queue not in {plan.queue for plan in env.app.plans.values()}:
+        raise unknown_queue(queue)
+    runs = sum(sum(getattr(state, name) for name in COUNTS) for state in states)
+    return runs, sum(state.active for state in states)
 
 
 @click.command()

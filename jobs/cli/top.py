@@ -231,7 +231,7 @@ def sections(found: Activity) -> Iterator[Section]:
         titles=("relay", "shards", "since", "version"),
         rows=[
             (
-                escape(plain(each.address or "local")),
+                escape(plain(each.process or each.address or "local")),
                 str(len(each.shards)),
                 age(each.since),
                 escape(plain(each.version or "")),

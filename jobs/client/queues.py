@@ -91,11 +91,7 @@ class QueueCalls(BaseClient):
         name = queue_name(queue)
         if name in {plan.queue for plan in self._plans.values()} or self._queues.is_known(name):
             return name
-        raise BadRequest(
-            "queue",
-            f"is {name!r}, which no plan names, no worker consumes and no run is in: "
-            "`beatless queues` lists those that there are",
-        )
+        raise unknown_queue(name)
 
     def remove_run(self, run_id: str) -> None:
         """Take a run away with all of its events. Raises RunNotFound, RunIsActive.
@@ -131,6 +127,15 @@ class QueueCalls(BaseClient):
         age = _age(older_than)
         with reaching_postgres(self._journal.schema, self._engine):
             return self._queues.count_finished(state, seconds=age, namespace=self._namespace)
+
+
+def unknown_queue(name: str) -> BadRequest:
+    """The error for a queue that nothing knows."""
+    return BadRequest(
+        "queue",
+        f"is {name!r}, which no plan names, no worker consumes and no run is in: "
+        "`beatless queues` lists those that there are",
+    )
 
 
 def _age(older_than: float | timedelta) -> float:

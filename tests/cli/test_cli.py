@@ -403,6 +403,37 @@ def test_obliterate_asks_on_a_terminal_and_says_how_much_is_gone(
         beatless.client.get_run(run_id)
 
 
+def test_a_dry_obliterate_counts_and_takes_nothing_away(
+    command: Beatless, beatless: Kit, beatless_app: App
+) -> None:
+    ended, running = (beatless.start_run("two_steps", queue="gone") for _ in range(2))
+    beatless_app.client_for("acme").start_run("two_steps", queue="gone")
+    while beatless.step(ended.run_id):
+        pass
+    with beatless.crash("step.effect_done"):
+        beatless.step(running.run_id)
+
+    said = command("obliterate", "gone", "--dry-run")
+
+    assert said.out == "3 runs, 1 of them running\n"
+    assert said.err == "while they are running it is refused without --force\n"
+    (counted,) = command("--json", "obliterate", "gone", "--dry-run", "--force").documents
+    assert counted == {"runs": 3, "running": 1}
+    assert len(beatless.client.list_runs(queue="gone")) == 2
+    refused(command("obliterate", "gnoe", "--dry-run"), 2, "queue is 'gnoe', which no plan names")
+
+
+def test_queues_say_that_they_count_the_runs_of_all_namespaces(
+    command: Beatless, beatless: Kit, beatless_app: App
+) -> None:
+    beatless.start_run("two_steps")
+    assert command("queues").err == ""
+    beatless_app.client_for("acme").start_run("two_steps")
+    assert " ".join(command("queues").err.split()) == (
+        "these are the runs of all namespaces, acme too; `beatless runs` has those of default"
+    )
+
+
 def test_obliterate_without_a_terminal_asks_nothing(
     command: Beatless, beatless: Kit, monkeypatch: pytest.MonkeyPatch
 ) -> None:

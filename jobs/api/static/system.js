@@ -21,7 +21,7 @@ export async function showSystem(page) {
       ["Dead letters", found.dead_letters ? el("a", { href: "#/dead-letters" }, String(found.dead_letters)) : "0"]];
     facts.replaceChildren(...entries.map(([name, value]) => el("div", {}, el("dt", {}, name), el("dd", { id: `system-${name.toLowerCase().replace(" ", "-")}` }, value))));
     relayRows.show(found.relays.map((relay) => ({ pid: relay.pid, cells: [
-      ["relay", relay.address ?? "this host"], ["shards", `${relay.shards.length} of ${found.shards}`],
+      ["relay", relay.process ?? relay.address ?? "this host"], ["shards", `${relay.shards.length} of ${found.shards}`],
       ["version", relay.version ?? "unknown"], ["up", relay.since ? age(now() - Date.parse(relay.since)) : "unknown"]] })));
     workerRows.show(found.workers.map((worker) => ({ name: `${worker.hostname} ${worker.started_at}`, cells: [
       ["worker", worker.hostname], ["queues", worker.queues.join(", ")], ["processes", String(worker.processes)],
