@@ -507,6 +507,7 @@ def test_an_async_function_awaits_the_first_of_its_children(beatless: Kit) -> No
     assert "race#only" in [event.step for event in beatless.client.events(run.run_id)]
 
 
+@pytest.mark.slow
 def test_no_crash_changes_which_child_came_first(beatless: Kit, subtests: pytest.Subtests) -> None:
     crashes = [
         ("claim.committed", 1),

@@ -226,6 +226,7 @@ def executed(together: Together, plan: str, runs: int, path: Path) -> Cost:
     return least(sample)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("plan", "runs"), OF_A_RUN)
 def test_a_run_costs_its_worker_no_more_than(
     together: Together, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, plan: str, runs: int

@@ -89,7 +89,13 @@ def test_branches_go_on_beside_one_another(beatless: Kit, name: str) -> None:
     beatless.verify()
 
 
-@pytest.mark.parametrize("name", CRASHES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("fans_out", "waits_in_a_branch", "children_in_branches"),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("in_branches", "threads")),
+    ],
+)
 def test_no_crash_begins_a_body_again_after_its_commit(
     beatless: Kit, subtests: pytest.Subtests, tmp_path: Path, name: str
 ) -> None:

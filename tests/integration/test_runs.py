@@ -98,6 +98,7 @@ def test_concurrent_runs_each_have_their_own_dense_seq(beatless: Kit, count: int
     beatless.verify()
 
 
+@pytest.mark.slow
 def test_many_concurrent_jobs_all_complete(beatless: Kit) -> None:
     beatless.client.start_runs([RunRequest(plan="two_steps") for _ in range(200)])
 
