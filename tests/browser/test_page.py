@@ -4,11 +4,13 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 from playwright.sync_api import Page, expect
 
 from beatless.auth import Tokens
 from beatless.testing import Kit
 from tests.browser.conftest import Server
+from tests.browser.test_schedules import PHONE, contrast
 
 Opener = Callable[..., Page]
 
@@ -241,6 +243,42 @@ def test_queues_are_paused_resumed_and_drained(beatless: Kit, url: str, open_pag
     page.get_by_role("dialog").get_by_role("button", name="Drain").click()
     expect(row.locator(".queued")).to_have_text("0")
     assert len(beatless.client.list_runs(plan="refund")) == 2
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_ageing_of_a_queue_is_changed_by_the_keyboard(
+    beatless: Kit, url: str, open_page: Opener, scheme: str
+) -> None:
+    beatless.start_run("refund")
+    page = open_page(color_scheme=scheme, viewport=PHONE)
+    page.goto(f"{url}/#/queues")
+    row = page.locator("#queues tr", has_text="payments")
+    keys = page.keyboard
+
+    def change(seconds: str) -> None:
+        row.get_by_label("More for payments").press("Enter")
+        keys.press("Tab")
+        expect(row.get_by_role("button", name="Change ageing…")).to_be_focused()
+        keys.press("Enter")
+        field = page.get_by_role("dialog", name="Ageing in payments").get_by_label("Seconds")
+        expect(field).to_be_focused()
+        field.fill(seconds)
+        keys.press("Enter")
+
+    expect(row.locator(".ageing")).to_be_hidden()
+    change("600")
+    expect(page.locator("#said")).to_contain_text("runs that wait for 600 s come first")
+    expect(row.locator(".ageing")).to_have_text("ages after 600 s")
+    expect(row.get_by_label("More for payments")).to_be_focused()
+    assert [queue.age_after for queue in beatless.client.queues()] == [600]
+    ink = row.locator(".ageing").evaluate("node => getComputedStyle(node).color")
+    ground = page.locator(".card").evaluate("node => getComputedStyle(node).backgroundColor")
+    assert contrast(ink, ground) >= 4.5
+    assert page.evaluate("document.documentElement.scrollWidth") == PHONE["width"]
+    change("")
+    expect(page.locator("#said")).to_contain_text("priority alone decides")
+    expect(row.locator(".ageing")).to_be_hidden()
+    assert [queue.age_after for queue in beatless.client.queues()] == [None]
 
 
 def test_dead_letters_are_published_again_or_discarded(

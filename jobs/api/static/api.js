@@ -43,6 +43,8 @@ function refusal(answer, text) {
 
 export function post(path, body = {}) { return postText(path, JSON.stringify(body)); }
 
+export function put(path, body) { return call(path, { method: "PUT", body: JSON.stringify(body) }); }
+
 export function postText(path, body) { return call(path, { method: "POST", body }); }
 
 // The scopes of the token. The server decides: this is to say beforehand what it would refuse.

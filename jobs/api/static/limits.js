@@ -1,6 +1,6 @@
 // Limits and groups: who runs and who waits, and the numbers that a person can change.
 
-import { call, lacks, now, scopes } from "./api.js";
+import { call, lacks, now, put, scopes } from "./api.js";
 import { Rows, age, ask, count, el, forbid, setText, tell } from "./dom.js";
 
 const MOST = 1000; // that the server lists of each
@@ -159,7 +159,5 @@ function numbersOf() {
 }
 
 function rulesOf({ at_once: atOnce, rate, hold }) { return rate ?? `${atOnce} at once${hold ? ", held to the end" : ""}`; }
-
-function put(path, body) { return call(path, { method: "PUT", body: JSON.stringify(body) }); }
 
 function pathOf(name) { return `/v1/limits/${encodeURIComponent(name)}`; }

@@ -1,6 +1,6 @@
 // Queues, and the controls over them for the whole fleet.
 
-import { call, now, post } from "./api.js";
+import { call, now, post, put } from "./api.js";
 import { Rows, age, ask, count, el, menu, problem, setText, tell } from "./dom.js";
 
 const COUNTS = ["queued", "delayed", "waiting", "active", "completed", "failed", "cancelled"];
@@ -43,6 +43,19 @@ export async function showQueues(page) {
     if (document.activeElement === document.body) document.getElementById("main").focus(); // its row is gone
   }
 
+  async function changeAgeing(name) {
+    said.replaceChildren();
+    const set = await ask({
+      title: `Ageing in ${name}`, verb: "Set",
+      fields: [el("p", { class: "soft" }, "A run that waits for longer comes before those of a higher priority. Left empty, priority alone decides."),
+        el("label", {}, "Seconds", el("input", { name: "seconds", type: "number", min: "0.001", max: "315360000", step: "any", value: latest.get(name)?.age_after ?? "" }))],
+      check: (data) => put(pathOf(name), { age_after: data.get("seconds") ? Number(data.get("seconds")) : null }),
+    });
+    if (!set) return;
+    tell(set.age_after === null ? `In queue ${name} priority alone decides which run comes first.` : `In queue ${name} runs that wait for ${set.age_after} s come first.`);
+    await refresh();
+  }
+
   function drain(name) {
     return destroy(name, {
       title: `Drain ${name}?`, verb: "Drain",
@@ -73,20 +86,23 @@ export async function showQueues(page) {
 
   function makeRow(queue) {
     const paused = el("span", { class: "badge" }, "paused");
+    const ageing = el("span", { class: "soft ageing", hidden: true });
     const numbers = COUNTS.map((name) => el("td", { class: `number ${name}`, "data-label": name }));
     const oldest = el("td", { class: "number", "data-label": "oldest" });
     const rate = el("td", { class: "number", "data-label": "per minute" });
     const workers = el("td", { class: "number", "data-label": "workers" });
     let halted = false;
     const toggle = el("button", { type: "button", "data-stop": true, onclick: () => act(queue.name, halted ? "resume" : "pause") });
-    const more = menu(`More for ${queue.name}`, [["Drain…", () => drain(queue.name), "danger"], ["Obliterate…", () => obliterate(queue.name), "danger"]]);
+    const more = menu(`More for ${queue.name}`, [["Change ageing…", () => changeAgeing(queue.name)], ["Drain…", () => drain(queue.name), "danger"], ["Obliterate…", () => obliterate(queue.name), "danger"]]);
     return {
       node: el("tr", {}, el("td", { class: "title" },
-        el("a", { href: `#/?queue=${encodeURIComponent(queue.name)}` }, queue.name), " ", paused),
+        el("a", { href: `#/?queue=${encodeURIComponent(queue.name)}` }, queue.name), " ", paused, " ", ageing),
         ...numbers, oldest, rate, workers, el("td", { class: "buttons" }, toggle, " ", more)),
       update(state) {
         halted = Boolean(state.paused_at);
         paused.hidden = !halted;
+        ageing.hidden = state.age_after === null;
+        setText(ageing, state.age_after === null ? "" : `ages after ${state.age_after} s`);
         COUNTS.forEach((name, place) => setText(numbers[place], String(state[name])));
         numbers.forEach((cell) => cell.classList.toggle("zero", cell.textContent === "0"));
         setText(oldest, state.oldest ? age(now() - Date.parse(state.oldest)) : "–");
