@@ -19,7 +19,7 @@ DOCS_STAMP = $(VENV)/installed-docs
 EXTRAS = --extra dev --extra test --extra suite --extra browser --extra docker --extra otel --extra check
 EXTRAS_OLDEST = --extra dev --extra test --extra suite --extra otel
 
-.PHONY: help install build demo test test-oldest test-django6 test-wheel test-random test-long test-browser install-readers test-readers screenshots test-netns chaos chaos-scenarios soak reliability planted check-deploy test-docker test-rabbitmq test-pgbouncer bench bench-table check lock clean format architecture test-one dev docs bench-retention bench-fanout bench-capacity bench-takeover bench-waits bench-peers lock-peers performance
+.PHONY: help install build demo test test-oldest test-django6 test-wheel test-random test-long test-browser install-readers test-readers screenshots test-netns chaos chaos-scenarios soak reliability planted check-deploy test-docker test-rabbitmq test-pgbouncer bench bench-table check lock clean format architecture test-one dev docs bench-retention bench-fanout bench-capacity bench-takeover bench-waits bench-limits bench-peers lock-peers performance
 .DEFAULT_GOAL := help
 
 help: ## Show what there is to make
@@ -183,6 +183,10 @@ bench-takeover: $(STAMP) ## Measure how soon runs go on when their processes are
 
 bench-waits: $(STAMP) ## Measure runs that wait: sleeps, signals, children, async steps, tokens (15 minutes); ARGS="map --size 0.1": a part, not stored
 	$(BIN)/python -m benchmarks.waits $(ARGS)
+	$(BIN)/python -m benchmarks.table
+
+bench-limits: $(STAMP) ## Measure what limits let through, beside what they could (3 minutes)
+	$(BIN)/python -m benchmarks.limits
 	$(BIN)/python -m benchmarks.table
 
 bench-peers: $(STAMP) ## Measure beatless beside seven other systems (20 minutes); ARGS=--quick: 3 minutes

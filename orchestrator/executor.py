@@ -83,6 +83,10 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+GOES_ON_S = 2.0
+"""Seconds after a message in which runs are claimed with the ends of others: then tasks of others,
+which may be in the same broker, have their turn."""
+
 
 class Executor:
     """Executes runs, one at a time. Keeps one connection; make one executor for each thread."""
@@ -135,6 +139,9 @@ class Executor:
         """Redacts the facts of an error for the log; None: all of them, with the traceback."""
         self.redispatch_s = redispatch_s
         self.pace = pace or Pace()
+        self.goes_on_until = 0.0
+        """Until when the end of a run that has waited for a slot claims the next one of its queue,
+        by the monotonic clock."""
         self.body_s = 0.0
         """Seconds of bodies, without their traces and looks for a cancel, which no group spares."""
         self.loop = loop or LoopThread(observer=observer)
@@ -200,8 +207,28 @@ class Executor:
             return False
         self.faults.reach("claim.committed")
         self.drive(lease, self.turns(plan, lease, max_steps))
+        if lease.following is not None:
+            self.go_on(lease)
         self.faults.reach("task.before_ack")
         return True
+
+    def go_on(self, ended: Lease) -> None:
+        """Execute the run that was claimed with the end of this one, and so on."""
+        lease = ended.following
+        while lease is not None:
+            self.faults.reach("claim.committed")
+            self.drive(lease, self.turns(self.plans[lease.run.plan], lease))
+            lease = lease.following
+
+    def claim_next(self, connection: Connection, ended: Lease) -> Callable[[], Lease | None]:
+        """See `Leases.claim_next`."""
+        return self.leases.claim_next(
+            connection,
+            ended,
+            worker=self.worker,
+            first_steps={name: self.first_step(plan) for name, plan in self.plans.items()},
+            redispatch_s=self.redispatch_s,
+        )
 
     def first_step(self, plan: Plan) -> str | None:
         """The step that a claim begins, of a run that was never claimed; None: it begins none."""
@@ -387,11 +414,21 @@ class RunDriver:
         if isinstance(answer, Appended):
             writer.confirm(settlement, answer)
             appended = answer
+        elif self._lease.let_in and answer is None and self._goes_on(settlement):
+            appended = writer.settle_and_claim(settlement, executor.claim_next)
         else:
             appended = executor.aside(lambda: writer.settle(settlement, tried=answer is IN_DOUBT))
         if beside:
             executor.faults.reach("beside.committed")
         return appended
+
+    def _goes_on(self, settlement: Settlement) -> bool:
+        """Whether another run is claimed with the end of this one, which others may wait for."""
+        return (
+            settlement.normal.state.final
+            and monotonic() < self._executor.goes_on_until
+            and not self._executor.stopping.is_set()
+        )
 
     def _attempt(
         self, requests: Requests, request: RunBody, traceparent: str | None

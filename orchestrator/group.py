@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 
 import psycopg
 
-from beatless.orchestrator.executor import Executor
+from beatless.orchestrator.executor import GOES_ON_S, Executor
 from beatless.orchestrator.group_commit import GroupCommit
 from beatless.orchestrator.lease import Connection, Lease
 from beatless.orchestrator.plan import Plan
@@ -382,8 +382,10 @@ class GroupExecutor:
 
         Others are asked for only in a backlog: a run that comes alone does not pay for that.
         """
-        in_backlog = monotonic() < self._lull_at
+        now = monotonic()
+        in_backlog = now < self._lull_at
         self._lull_at = 0.0
+        self.executor.goes_on_until = now + GOES_ON_S
         try:
             return self._execute(plan, run_id, dispatch, in_backlog=in_backlog)
         finally:
@@ -425,6 +427,8 @@ class GroupExecutor:
         if len(members) == 1:
             for _ in members[0].turns:
                 pass
+            if members[0].lease.following is not None:
+                self.executor.go_on(members[0].lease)
             return
         group = Group(self.executor, self.statement, members, own_work=self._own_work)
         with self._guard.watching(group):

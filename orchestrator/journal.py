@@ -6,7 +6,7 @@ that. `Journal` holds the statements of one schema.
 """
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from beatless.orchestrator.errors import EventsPruned, RunConflict, RunNotFound
@@ -39,6 +39,9 @@ PAGE_BYTES = 256 * 1024
 
 PAGE_EVENTS = 5000
 """Events that a claim reads at once; fewer if they are large."""
+
+Send = Callable[[Caller, str, Mapping[str, Any]], Sequence[Any]]
+"""`execute`, or what does more in the same commit."""
 
 NEAR_RUNS = 10_000
 """Newest runs that are looked through before all runs with a tag, or with a retry, are read."""
@@ -280,11 +283,13 @@ class Journal:
         token: int,
         settlement: Settlement,
         after: int = 0,
+        *,
+        send: Send = execute,
     ) -> Appended | None:
-        """Commit a boundary under a lease; None as of `append`."""
+        """Commit a boundary under a lease; None as of `append`. `send` gives the rows."""
         normal, cancelled = settlement.normal, settlement.if_cancelled
         events = (*normal.events, *cancelled.events)
-        rows = execute(
+        rows = send(
             connection,
             self.sql["settle"],
             {

@@ -9,7 +9,7 @@ server's.
 import json
 import logging
 import secrets
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -35,8 +35,15 @@ Connection = psycopg.Connection[Any]
 LOCK_TIMEOUT_S = 1.0
 """Seconds that a claim or a heartbeat waits for a lock: others wait behind it meanwhile."""
 
+NEXT_LOCK_TIMEOUT_S = 0.05
+"""Seconds that a claim waits for a lock which comes with the end of another run: for a slot that
+another claim has taken and not committed. Else it is left out."""
+
 LOOKED_AT = 256
 """Waiting runs among which the further ones of a claim are: plans of others may stand before."""
+
+MOMENT_S = 0.1
+"""Seconds that a message may have been on its way to a worker, while others go on without one."""
 
 LOOKED_BACK = 2000
 """The last events of a run, among which `held_by` looks for what a suspect has said: one that has
@@ -78,6 +85,10 @@ class Lease:
     """Whether the claim has started the first step, as it does for a run that was never claimed."""
     limited_step: bool = False
     """Whether the run has the limits of a step, which is to be begun or has begun."""
+    let_in: bool = False
+    """Whether the run has waited for a slot: others may wait for that which its end frees."""
+    following: "Lease | None" = None
+    """The lease that was claimed with the end of this run."""
     trace_context: Mapping[str, str] | None = None
     """Of the trace that the run was started in: `traceparent`, as W3C Trace Context has it."""
     claimed_at: float = field(default_factory=monotonic)
@@ -147,6 +158,7 @@ class Leases:
             __file__,
             schema,
             lock_timeout_ms=round(LOCK_TIMEOUT_S * 1000),
+            next_lock_timeout_ms=round(NEXT_LOCK_TIMEOUT_S * 1000),
             looked_at=LOOKED_AT,
             looked_back=LOOKED_BACK,
             run_options=OPTION_SQL["run_options"],
@@ -224,6 +236,39 @@ class Leases:
             [self.sql["claim"], *([self.sql["claim_further"]] if places else [])],
         )
 
+    def claim_next(
+        self,
+        connection: Connection,
+        ended: Lease,
+        *,
+        worker: str,
+        first_steps: Mapping[str, str | None],
+        redispatch_s: float,
+    ) -> Callable[[], Lease | None]:
+        """Claim the run with limits that is next in the queue of one that has ended.
+
+        In the pipeline and the transaction of that end; asks for the answer once these have ended.
+        Of the plans in `first_steps`, which gives the first step of each, if it begins with one.
+        None is claimed while a message has waited for `MOMENT_S` for a worker of that queue: what
+        was sent just now is due again after `redispatch_s`.
+        """
+        connection.execute(self.sql["fence_behind_end"])
+        claimed = connection.execute(
+            self.sql["claim_next"],
+            {
+                "ended_run": ended.run.run_id,
+                "ended_token": ended.token,
+                "worker": worker,
+                "seconds": self.seconds,
+                "token": new_token(),
+                "plans": list(first_steps),
+                "firsts": list(first_steps.values()),
+                "redispatch": redispatch_s,
+                "moment": MOMENT_S,
+            },
+        )
+        return lambda: next((_lease(row) for row in claimed.fetchall()), None)
+
     def _claim(
         self, connection: Connection, parameters: dict[str, Any], claims: Sequence[str]
     ) -> list[Lease]:
@@ -255,6 +300,13 @@ class Leases:
         parameters = {"run_id": lease.run.run_id, "token": lease.token, "limits": given}
         ((missing,),) = execute(connection, self.sql["take_slots_of_step"], parameters)
         return None if missing is None else str(missing)
+
+    def send_free_slots_of_step(self, connection: Connection, lease: Lease) -> None:
+        """`free_slots_of_step` in the caller's pipeline, for a step that ends here."""
+        connection.execute(
+            self.sql["free_slots_of_step"],
+            {"run_id": lease.run.run_id, "token": lease.token, "ends": True},
+        )
 
     def free_slots_of_step(self, caller: Caller, lease: Lease, *, ends: bool) -> None:
         """Give back those of a step that `ends` here, or of a run that is cancelled."""
@@ -407,7 +459,7 @@ def new_token() -> int:
 
 def _lease(claimed: Sequence[Any]) -> Lease:
     """Of a row of a claim."""
-    *row, ran_out, token, left, waited, age, trace_context, limited_step, begun, _ = claimed
+    *row, ran_out, token, left, waited, age, trace_context, limited_step, let_in, begun, _ = claimed
     run = Run.from_row(row)
     return Lease(
         run=run,
@@ -421,6 +473,7 @@ def _lease(claimed: Sequence[Any]) -> Lease:
         unreadable=run.input == UNREADABLE,
         begun=begun,
         limited_step=limited_step,
+        let_in=let_in,
     )
 
 

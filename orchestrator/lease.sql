@@ -8,6 +8,11 @@
 SELECT pg_advisory_xact_lock_shared({claim_fence}::int4, 0),
        set_config('lock_timeout', '{lock_timeout_ms}', true)
 
+-- name: fence_behind_end
+-- The same in a transaction that has ended a run, whose row and slots are wanted by others.
+SELECT pg_advisory_xact_lock_shared({claim_fence}::int4, 0),
+       set_config('lock_timeout', '{next_lock_timeout_ms}', true)
+
 -- name: limit_lock_wait
 -- Wait for no lock for long, in this transaction.
 SELECT set_config('lock_timeout', '{lock_timeout_ms}', true)
@@ -35,7 +40,37 @@ extract(epoch FROM r.deadline_at - clock_timestamp())::float8,
 extract(epoch FROM clock_timestamp()
   - coalesce(was_due, CASE WHEN attempt = 1 THEN created_at END))::float8,
 extract(epoch FROM clock_timestamp() - started_at)::float8, r.trace_context,
-coalesce(jsonb_path_exists(r.limits, '$[*].step'), false)
+coalesce(jsonb_path_exists(r.limits, '$[*].step'), false),
+CASE WHEN r.limits IS NULL THEN false
+     ELSE EXISTS (SELECT FROM {schema}.dispatches d WHERE d.run_id = r.run_id AND d.reason = 'slot') END
+
+-- fragment: first_lane
+-- The runs that come first in the queue of `own`, by its highest priority; none if the relay alone knows
+-- which come first.
+-- In a queue with groups it shares out the turns, and in one with `age_after_s` it knows who is old.
+SELECT d.queue, d.priority FROM {schema}.dispatches d
+ WHERE d.state = 'waiting' AND d.queue = (SELECT queue FROM own WHERE fresh)
+   AND (SELECT g.group_id FROM {schema}.dispatches g
+         WHERE g.state = 'waiting' AND g.queue = (SELECT queue FROM own)
+         ORDER BY g.group_id DESC LIMIT 1) = ''
+   AND NOT EXISTS (SELECT FROM {schema}.queues q
+                    WHERE q.name = d.queue AND q.age_after_s IS NOT NULL)
+ ORDER BY d.priority DESC LIMIT 1
+
+-- fragment: first_waiting
+-- Some of these, those that wait the longest first.
+SELECT d.run_id, d.shard, d.task, d.due_at FROM {schema}.dispatches d
+ WHERE d.state = 'waiting' AND d.queue = (SELECT queue FROM lane)
+   AND d.priority = (SELECT priority FROM lane)
+   AND d.due_at <= (SELECT clock_timestamp())
+ ORDER BY d.due_at LIMIT {looked_at}
+
+-- fragment: claimable
+-- Whether a run `r` of a dispatch `d` waits, is due, and is of these plans; no queue of it is paused.
+r.run_id = d.run_id AND r.plan = d.task AND d.task = ANY(%(plans)s::text[])
+AND r.state = 'queued' AND coalesce(r.not_before <= clock_timestamp(), true)
+AND NOT EXISTS (SELECT FROM {schema}.queues q
+                 WHERE q.name = r.queue AND q.paused_at IS NOT NULL)
 
 -- name: claim
 -- Take the lease of a run that waits and is due, or whose lease has run out.
@@ -89,35 +124,19 @@ SELECT {claimed_columns}, begun, {times_doorbell} FROM u AS r
 -- They wait, are due, were never claimed, and are in the order of the relay. Of those only, for a
 -- run that has ended its process once shall have no neighbours; so none beside such a run either.
 -- Those that another transaction holds are left out, and those with limits: two claims that take slots
--- for several runs could wait for each other. In a queue with groups the relay shares out the turns, and
--- in one with `age_after_s` it knows which runs come first: none are taken there.
+-- for several runs could wait for each other.
 WITH own AS (
   SELECT queue, lease_token IS DISTINCT FROM %(token)s OR attempt = 1 AS fresh
     FROM {schema}.runs r WHERE run_id = %(run_id)s
 ), lane AS (
-  SELECT d.queue, d.priority FROM {schema}.dispatches d
-   WHERE d.state = 'waiting' AND d.queue = (SELECT queue FROM own WHERE fresh)
-     AND (SELECT g.group_id FROM {schema}.dispatches g
-           WHERE g.state = 'waiting' AND g.queue = (SELECT queue FROM own)
-           ORDER BY g.group_id DESC LIMIT 1) = ''
-     AND NOT EXISTS (SELECT FROM {schema}.queues q
-                      WHERE q.name = d.queue AND q.age_after_s IS NOT NULL)
-   ORDER BY d.priority DESC LIMIT 1
+  {first_lane}
 ), found AS MATERIALIZED (
   SELECT c.*, row_number() OVER () AS i FROM (
   SELECT r.run_id, d.shard
-    FROM (SELECT d.run_id, d.shard, d.task, d.due_at FROM {schema}.dispatches d
-           WHERE d.state = 'waiting' AND d.queue = (SELECT queue FROM lane)
-             AND d.priority = (SELECT priority FROM lane)
-             AND d.due_at <= (SELECT clock_timestamp())
-           ORDER BY d.due_at LIMIT {looked_at}) d
+    FROM ({first_waiting}) d
    CROSS JOIN LATERAL (
      SELECT r.run_id FROM {schema}.runs r
-      WHERE r.run_id = d.run_id AND r.plan = d.task AND d.task = ANY(%(plans)s::text[])
-        AND r.state = 'queued' AND coalesce(r.not_before <= clock_timestamp(), true) AND {fresh}
-        AND r.limits IS NULL
-        AND NOT EXISTS (SELECT FROM {schema}.queues q
-                         WHERE q.name = r.queue AND q.paused_at IS NOT NULL)
+      WHERE {claimable} AND {fresh} AND r.limits IS NULL
       LIMIT 1 FOR NO KEY UPDATE OF r SKIP LOCKED) r
    LIMIT %(places)s::int) c
 ), u AS (
@@ -145,6 +164,65 @@ WITH own AS (
     FROM u WHERE d.run_id = u.run_id
 )
 SELECT {claimed_columns}, true, {each_doorbell} FROM u AS r ORDER BY i
+
+-- name: claim_next
+-- Take the lease of the run that comes next in the queue of one that this transaction has ended.
+-- Only if it has limits: its slot is one that was freed just now, and it would stay free until a message
+-- has come. Those without wait for nothing but their message. None is taken while a message has waited
+-- for longer than a moment for a process that takes this queue, whatever queue it is of: these come
+-- first, by the weights of the queues. A message that was sent just now is due once more after the
+-- redispatch time; one that was found to be in the broker, after longer.
+-- The slots are taken of one run, and not where the planner could ask for those of others.
+WITH own AS (
+  SELECT r.queue, true AS fresh FROM {schema}.runs r
+   WHERE r.run_id = %(ended_run)s AND r.lease_token = %(ended_token)s AND r.finished_at IS NOT NULL
+     AND NOT EXISTS (
+       SELECT FROM {schema}.dispatches s
+        WHERE s.state = 'sent'
+          AND s.queue = ANY(ARRAY(SELECT r.queue UNION ALL
+                                  SELECT unnest(w.queues) FROM {schema}.workers w
+                                   WHERE r.queue = ANY(w.queues)))
+          AND extract(epoch FROM s.due_at - clock_timestamp())
+              NOT BETWEEN %(redispatch)s - %(moment)s AND %(redispatch)s)
+), lane AS (
+  {first_lane}
+), taken AS MATERIALIZED (
+  SELECT * FROM (
+  SELECT r.*, d.shard, (%(firsts)s::text[])[array_position(%(plans)s::text[], d.task)] AS first
+    FROM ({first_waiting}) d
+   CROSS JOIN LATERAL (
+     SELECT r.run_id, r.not_before AS was_due, r.limits IS NOT NULL AS limited
+       FROM {schema}.runs r
+      WHERE {claimable}
+      LIMIT 1 FOR NO KEY UPDATE OF r SKIP LOCKED) r
+   LIMIT 1) found
+   WHERE limited AND {schema}.take_slots(run_id)
+), u AS (
+  UPDATE {schema}.runs r
+     SET state = 'running', attempt = least(attempt, 2147483646) + 1, lease_token = %(token)s,
+         dead_token = NULL,
+         lease_expires_at = clock_timestamp() + make_interval(secs => %(seconds)s),
+         worker = %(worker)s, started_at = coalesce(started_at, clock_timestamp()),
+         not_before = NULL,
+         last_seq = last_seq
+           + CASE WHEN {fresh} AND first IS NOT NULL THEN 1 ELSE 0 END
+    FROM taken WHERE r.run_id = taken.run_id
+  RETURNING r.*, shard, first, was_due, {begun} AS begun
+), e AS (
+  INSERT INTO {schema}.run_events (run_id, seq, ts, type, source, step, attempt)
+  SELECT run_id, 2, clock_timestamp(), 'StepStarted', 'worker', first, 1
+    FROM u WHERE begun
+), o AS (
+  INSERT INTO {schema}.run_outbox (shard, run_id, from_seq, to_seq)
+  SELECT shard, run_id, 2, 2 FROM u WHERE begun
+), d AS (
+  -- As if its message had been sent: one that the relay is just sending has this number.
+  UPDATE {schema}.dispatches d
+     SET state = 'running', due_at = u.lease_expires_at, reason = 'lease',
+         attempts = least(d.attempts, 2147483646) + 1
+    FROM u WHERE d.run_id = u.run_id
+)
+SELECT {claimed_columns}, begun, {each_doorbell} FROM u AS r
 
 -- name: renew
 -- Give a lease that is held another token.

@@ -1,6 +1,7 @@
-"""Writes the boundaries of a run whose steps have limits: with their slots, in one transaction."""
+"""Writes the boundaries of a run with limits that take slots, or pass them on, in one commit."""
 
-from collections.abc import Callable, Iterator, Sequence
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -16,7 +17,18 @@ from beatless.orchestrator.records import Appended
 from beatless.orchestrator.requests import Committed, CommitWithSlots, NoSlot, Unstorable
 from beatless.orchestrator.settlement import Settlement
 from beatless.orchestrator.state import RunState
+from beatless.outbox.pending import prepare_anew
 from beatless.outbox.queries import Caller
+
+logger = logging.getLogger("beatless.orchestrator.executor")
+
+ClaimNext = Callable[[Connection, Lease], Callable[[], Lease | None]]
+"""As `Leases.claim_next`."""
+
+
+def no_lease() -> Lease | None:
+    """The answer to a claim that was not made."""
+    return None
 
 
 class LimitedWriter(LeasedWriter):
@@ -38,6 +50,60 @@ class LimitedWriter(LeasedWriter):
         except psycopg.DataError as error:
             return Unstorable(str(error))
         return Committed.of(appended) if missing is None else NoSlot(missing)
+
+    def settle_and_claim(self, settlement: Settlement, claim: ClaimNext) -> Appended:
+        """`settle` the end of the run, and claim another in the same commit: `following`.
+
+        Raises LeaseLost. If the claim fails there is none; if the answer is lost, it waits for the
+        end of its lease.
+        """
+
+        def write(connection: Connection) -> Appended | None:
+            try:
+                appended, self._lease.following = self._with_claim(connection, settlement, claim)
+            except psycopg.Error as error:
+                if connection.closed:
+                    raise
+                logger.info(
+                    "no run was claimed with the end of another: it comes with its message",
+                    extra={
+                        "action": "claim_next_failed",
+                        "run_id": self._run_id,
+                        "reason": str(error),
+                    },
+                )
+                prepare_anew(connection)
+                with self._statement(connection):
+                    return self._settle(connection, settlement)
+            return appended
+
+        with self._alone(settlement):
+            self._write_tried(settlement)
+            state, find = settlement.normal.state, partial(self._find_settled, settlement)
+            appended = self._write(write, state, what=settlement, find=find)
+        self._in_doubt = None
+        self._on_commit(settlement, appended)
+        self._take_in(appended)
+        return appended
+
+    def _with_claim(
+        self, connection: Connection, settlement: Settlement, claim: ClaimNext
+    ) -> tuple[Appended | None, Lease | None]:
+        lease, following = self._lease, no_lease
+
+        def send(_: Caller, statement: str, parameters: Mapping[str, Any]) -> list[Any]:
+            nonlocal following
+            with connection.pipeline():  # one transaction, on an autocommit connection
+                if lease.limited_step:
+                    self._leases.send_free_slots_of_step(connection, lease)
+                settled = connection.execute(statement, parameters)
+                following = claim(connection, lease)
+            return settled.fetchall()
+
+        appended = self._journal.settle(
+            connection, self._run_id, lease.token, settlement, self._last_seq, send=send
+        )
+        return appended, following()
 
     def _settle_with_slots(
         self, settlement: Settlement, parked: Settlement, limits: Sequence[RunLimit]

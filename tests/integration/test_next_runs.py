@@ -1,0 +1,333 @@
+"""The end of a run that has waited for a slot claims the next run, in the same commit."""
+
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from typing import Any
+
+import psycopg
+import pytest
+
+from beatless import App, Limit, Plan, RunState, StepContext, plan, step
+from beatless.orchestrator import group as groups
+from beatless.orchestrator import lease as leases
+from beatless.orchestrator.observer import Claimed
+from beatless.outbox.observer import Signal
+from beatless.testing import Kit
+from tests.integration.test_groups import Known
+from tests.integration.test_races import at_once
+from tests.integration.test_run_limits import assert_idle, parked, slots
+
+BODIES: list[str] = []
+ACTS: dict[str, Callable[[StepContext], Any]] = {}
+"""What the body of a run does, by its input."""
+
+ONE = Limit("one", at_once=1)
+
+
+@step
+def act(ctx: StepContext) -> Any:
+    BODIES.append(ctx.run_id)
+    ACTS.get(ctx.input, lambda _: None)(ctx)
+
+
+@step(limits=[Limit("held", at_once=1)])
+def hold(ctx: StepContext) -> Any:
+    act.function(ctx)
+
+
+@plan("function", limits=[ONE])
+def function(run: Any) -> Any:
+    return run.step(act)
+
+
+@pytest.fixture
+def beatless_plans() -> list[Plan]:
+    return [
+        Plan("one", [act], limits=[ONE]),
+        Plan("two", [act], limits=[Limit("two", at_once=2)]),
+        Plan("both", [act], limits=[ONE, Limit("two", at_once=2)]),
+        Plan("free", [act]),
+        Plan("holds", [hold]),
+        function,
+    ]
+
+
+class Worker:
+    """A worker of the test's app, and what it has announced."""
+
+    def __init__(self, kit: Kit) -> None:
+        self.kit = kit
+        self.signals: list[Signal] = []
+        self.worker = kit.app.executors.new_group_executor(observer=self.signals.append)
+
+    def deliver(self, run_id: str) -> list[str]:
+        """Execute the message of a run; the runs that were claimed."""
+        self.signals.clear()
+        plan = self.kit.client.get_run(run_id).plan
+        self.worker.execute(self.kit.app.plans[plan], run_id, 1)
+        return [each.lease.run.run_id for each in self.signals if isinstance(each, Claimed)]
+
+
+@pytest.fixture
+def worker(beatless: Kit, monkeypatch: pytest.MonkeyPatch) -> Iterator[Worker]:
+    """Time is no reason to stop."""
+    monkeypatch.setattr(groups, "GOES_ON_S", 600.0)
+    BODIES.clear()
+    ACTS.clear()
+    found = Worker(beatless)
+    yield found
+    found.worker.executor.disconnect()
+
+
+def started(kit: Kit, *plans: str, **options: Any) -> list[str]:
+    """Runs of which the first was executed, and the second let in by its end."""
+    found = [kit.start_run(name, **options).run_id for name in plans]
+    kit.drain_outbox_once()
+    assert kit.executor().execute(kit.app.plans[plans[0]], found[0], 1)
+    return found[1:]
+
+
+def state(postgres: psycopg.Connection, run_id: str) -> str:
+    """Of the dispatch of a run."""
+    ((found,),) = postgres.execute("SELECT state FROM dispatches WHERE run_id = %s", (run_id,))
+    return str(found)
+
+
+@pytest.mark.parametrize("is_short", [True, False])
+def test_runs_that_wait_for_a_slot_follow_each_other_without_a_message(
+    beatless: Kit, worker: Worker, postgres: psycopg.Connection, is_short: bool
+) -> None:
+    if is_short:
+        worker.worker.executor.pace = Known()
+    held: list[list[str]] = []
+    ACTS["look"] = lambda _: held.append(slots(postgres))
+    runs = started(beatless, "one", "one", "function", "both", "one", input="look")
+    held.clear()
+
+    assert worker.deliver(runs[0]) == runs
+
+    assert held == [[run_id] if run_id != runs[2] else [run_id] * 2 for run_id in runs]
+    assert_idle(postgres)
+    beatless.verify()
+
+
+def test_the_end_of_a_run_that_has_not_waited_claims_none(
+    beatless: Kit, worker: Worker, postgres: psycopg.Connection
+) -> None:
+    runs = [beatless.start_run("one").run_id for _ in range(3)]
+
+    assert worker.deliver(runs[0]) == runs[:1]
+
+    assert state(postgres, runs[1]) == "waiting"
+    beatless.work_until_idle()
+    assert_idle(postgres)
+
+
+def test_the_next_run_is_that_of_the_highest_priority(beatless: Kit, worker: Worker) -> None:
+    runs = started(beatless, "one", "one", "one")
+    urgent = beatless.start_run("one", priority=5).run_id
+
+    assert worker.deliver(runs[0]) == [runs[0], urgent, runs[1]]
+
+
+def test_the_slot_of_a_step_is_passed_on_with_the_end_of_its_run(
+    beatless: Kit, worker: Worker, postgres: psycopg.Connection
+) -> None:
+    runs = [beatless.start_run("holds", n).run_id for n in ("first", "", "")]
+    ACTS["first"] = lambda _: [worker.deliver(run_id) for run_id in runs[1:]]  # they find no slot
+    assert beatless.executor().execute(beatless.app.plans["holds"], runs[0], 1)
+    assert runs[:1] == BODIES
+
+    assert worker.deliver(runs[1]) == runs[1:]
+
+    assert runs == BODIES
+    beatless.drain_outbox_once()  # what those that found no slot have noted
+    assert_idle(postgres)
+    beatless.verify()
+
+
+def pause(kit: Kit) -> None:
+    kit.client.pause_queue("default")
+
+
+def start_with_group(kit: Kit) -> None:
+    kit.start_run("free", group="tenant")
+
+
+def set_age(kit: Kit) -> None:
+    kit.client.set_age_after("default", 60)
+
+
+def start_before(kit: Kit) -> None:
+    kit.start_run("free", priority=1)
+
+
+@pytest.mark.parametrize("change", [pause, start_with_group, set_age, start_before])
+def test_no_run_is_claimed_out_of_turn(
+    beatless: Kit,
+    worker: Worker,
+    postgres: psycopg.Connection,
+    change: Callable[[Kit], None],
+) -> None:
+    """In a paused queue, where the relay knows who is next, and before a run without limits."""
+    runs = started(beatless, "one", "one", "one", "one", input="change")
+    ACTS["change"] = lambda _: change(beatless)
+
+    assert worker.deliver(runs[0]) == runs[:1]
+
+    assert slots(postgres) == []
+    assert state(postgres, runs[1]) == "waiting"
+    ACTS.clear()
+    beatless.client.resume_queue("default")
+    beatless.work_until_idle()
+    assert BODIES.count(runs[2]) == 1
+    assert_idle(postgres)
+
+
+@pytest.mark.parametrize(
+    ("queue", "due_s", "goes_on"),
+    [
+        ("default", 50, False),
+        ("other", 50, False),
+        ("strange", 50, True),
+        ("default", 1000, True),
+        ("default", 2000, False),
+    ],
+)
+def test_messages_that_wait_for_a_worker_of_the_queue_come_first(
+    beatless: Kit,
+    worker: Worker,
+    postgres: psycopg.Connection,
+    monkeypatch: pytest.MonkeyPatch,
+    queue: str,
+    due_s: int,
+    goes_on: bool,
+) -> None:
+    """Those of all queues that its workers have; not those that were sent just now.
+
+    One that is due after more than the redispatch time was looked for, and is in the broker still.
+    """
+    monkeypatch.setattr(leases, "MOMENT_S", 900.0)
+    worker.worker.executor.redispatch_s = 1000.0
+    postgres.execute(
+        "INSERT INTO workers (worker, hostname, queues, processes, version) "
+        "VALUES ('w1', 'w1', '{default,other}', 4, '1'), ('w2', 'w2', '{strange}', 4, '1')"
+    )
+    runs = started(beatless, "one", "one", "one")
+    message = beatless.start_run("free", queue=queue).run_id
+    postgres.execute(
+        "UPDATE dispatches SET state = 'sent', reason = 'start', attempts = 1, "
+        "due_at = clock_timestamp() + make_interval(secs => %s) WHERE run_id = %s",
+        (due_s, message),
+    )
+
+    assert worker.deliver(runs[0]) == (runs if goes_on else runs[:1])
+
+    assert slots(postgres) == []
+
+
+def test_a_worker_that_stops_claims_no_other(beatless: Kit, worker: Worker) -> None:
+    runs = started(beatless, "one", "one", "one", input="stop")
+    executor = worker.worker.executor
+    executor.stopping = type(executor.stopping)()
+    ACTS["stop"] = lambda _: executor.stopping.set()
+
+    assert worker.deliver(runs[0]) == runs[:1]
+
+
+def test_a_worker_goes_on_for_some_time_only(
+    beatless: Kit, worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(groups, "GOES_ON_S", 0.0)
+    runs = started(beatless, "one", "one", "one")
+
+    assert worker.deliver(runs[0]) == runs[:1]
+
+
+def test_a_claim_that_would_wait_for_another_is_left_out_and_the_end_is_not(
+    beatless: Kit, beatless_app: App, worker: Worker, postgres: psycopg.Connection
+) -> None:
+    """The only place beside its own that is free seems so: another claim has not committed."""
+    beatless.start_run("two")
+    ((limit_id,),) = postgres.execute("SELECT limit_id FROM dispatches").fetchall()
+    beatless.work_until_idle()
+    table = f"{beatless_app.settings.schema}.limit_slots"
+    take = f"INSERT INTO {table} (limit_id, n, run_id) VALUES (%s, 1, 'elsewhere')"
+    postgres.execute(take, (limit_id,))
+    runs = started(beatless, "two", "two", "two", input="wait")
+    with closing(beatless_app.executors.connect()) as other:
+
+        def wait(_: StepContext) -> None:
+            postgres.execute("DELETE FROM limit_slots WHERE n = 1")
+            other.execute("BEGIN")
+            other.execute(take, (limit_id,))
+
+        ACTS["wait"] = wait
+        assert worker.deliver(runs[0]) == runs[:1]
+        assert beatless.client.get_run(runs[0]).state is RunState.COMPLETED
+        assert state(postgres, runs[1]) == "waiting"
+        other.execute("ROLLBACK")
+    ACTS.clear()
+    beatless.work_until_idle()
+    assert beatless.client.get_run(runs[1]).state is RunState.COMPLETED
+    assert_idle(postgres)
+
+
+def test_a_run_whose_other_limit_is_full_waits_for_that(
+    beatless: Kit, worker: Worker, postgres: psycopg.Connection
+) -> None:
+    runs = started(beatless, "one", "one", "both", "one")
+    postgres.execute(
+        "INSERT INTO limit_slots (limit_id, n, run_id) "
+        "SELECT l ->> 'id', n, 'elsewhere' FROM runs, jsonb_array_elements(limits) l, "
+        "generate_series(1, 2) n WHERE run_id = %s AND l ->> 'at_once' = '2'",
+        (runs[1],),
+    )
+
+    assert worker.deliver(runs[0]) == runs[:1]
+
+    assert runs[1] in parked(postgres)
+    assert set(slots(postgres)) == {"elsewhere"}
+    postgres.execute("DELETE FROM limit_slots WHERE run_id = 'elsewhere'")
+    beatless.work_until_idle()
+    assert_idle(postgres)
+
+
+def test_a_run_whose_worker_dies_right_after_its_claim_is_taken_over(
+    beatless: Kit, worker: Worker, postgres: psycopg.Connection
+) -> None:
+    runs = started(beatless, "one", "one", "one", "one")
+
+    with beatless.crash("claim.committed", nth=2):
+        worker.deliver(runs[0])
+
+    assert slots(postgres) == [runs[1]]
+    beatless.advance(3600)
+    beatless.work_until_idle()
+    assert [BODIES.count(run_id) for run_id in runs] == [1, 1, 1]
+    assert_idle(postgres)
+    beatless.verify()
+
+
+def test_two_workers_that_end_at_once_claim_different_runs(
+    beatless: Kit, beatless_app: App, worker: Worker, postgres: psycopg.Connection
+) -> None:
+    others = [worker, Worker(beatless)]
+    runs = [beatless.start_run("two").run_id for _ in range(12)]
+    beatless.drain_outbox_once()
+    for run_id in runs[:2]:
+        assert beatless.executor().execute(beatless_app.plans["two"], run_id, 1)
+
+    claimed = at_once(
+        *(
+            lambda each=each, run_id=run_id: each.deliver(run_id)
+            for each, run_id in zip(others, runs[2:4], strict=True)
+        )
+    )
+
+    found = [run_id for each in claimed for run_id in each]
+    assert len(found) == len(set(found))
+    beatless.work_until_idle()
+    assert sorted(BODIES) == sorted(runs)
+    assert_idle(postgres)
+    others[1].worker.executor.disconnect()
