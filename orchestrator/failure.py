@@ -15,6 +15,10 @@ MESSAGE_LIMIT = 2000
 TRACEBACK_LIMIT = 4000
 """Characters of a traceback that are kept with a failure: its end, where the reason is."""
 
+MOST_FRAMES = 1000
+"""Calls of a traceback that are looked at, the innermost: each takes a tenth of a millisecond, and
+a body may raise the limit of recursion to a million."""
+
 TYPE_LIMIT = 200
 """Characters of the name of a class that are kept."""
 
@@ -25,9 +29,9 @@ def describe(error: BaseException, step: str) -> dict[str, Any]:
     message = text_of(error)
     frames = _of_the_body(error)
     trace = _text(
-        lambda: "".join(traceback.format_exception(type(error), error, frames)),
+        lambda: "".join(traceback.format_exception(type(error), error, frames, limit=-MOST_FRAMES)),
         # Without a text of the exception itself.
-        f"{''.join(traceback.format_tb(frames))}{kind}: {message}\n",
+        f"{''.join(traceback.format_tb(frames, limit=-MOST_FRAMES))}{kind}: {message}\n",
     )
     return {
         "type": storable_text(kind[:TYPE_LIMIT]),

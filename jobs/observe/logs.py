@@ -7,6 +7,7 @@ they belong to. Input, results and passwords in URLs are in none of our own.
 import json
 import logging
 import re
+import traceback
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from contextvars import ContextVar
@@ -15,6 +16,7 @@ from enum import StrEnum
 from types import TracebackType
 from typing import Any, TextIO
 
+from beatless.orchestrator.failure import MOST_FRAMES
 from beatless.orchestrator.lease import Lease
 
 CONTEXT: ContextVar[Mapping[str, Any]] = ContextVar("beatless_log_context")
@@ -175,7 +177,14 @@ def masked(text: str) -> str:
     return text
 
 
-class JsonLines(logging.Formatter):
+class _Lines(logging.Formatter):
+    """Log lines whose tracebacks have a limit, as those of failures that are stored."""
+
+    def formatException(self, ei: Any) -> str:  # noqa: N802 - logging's name
+        return "".join(traceback.format_exception(*ei, limit=-MOST_FRAMES)).rstrip("\n")
+
+
+class JsonLines(_Lines):
     """One JSON object a line: ts, level, logger, message, then the facts.
 
     >>> import logging
@@ -201,7 +210,7 @@ class JsonLines(logging.Formatter):
         return json.dumps(line, ensure_ascii=False, default=str)
 
 
-class TextLines(logging.Formatter):
+class TextLines(_Lines):
     """The time, level, logger and message, then the facts as name=value.
 
     >>> import logging

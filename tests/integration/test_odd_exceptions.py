@@ -1,10 +1,13 @@
 """Exceptions whose own code raises: whatever is asked of them, the attempt has failed, once."""
 
+import logging
+import sys
+from functools import partial
 from typing import Any
 
 import pytest
 
-from beatless import Fatal, Plan, RunState, StepContext, step
+from beatless import Fatal, JsonLines, Plan, RunState, StepContext, TextLines, step
 from beatless.orchestrator.failure import describe
 from beatless.testing import Kit
 
@@ -162,6 +165,24 @@ def test_a_description_is_short_and_can_be_stored() -> None:
     assert (told["type"], told["message"]) == ("E" * 200, "x" * 2000)
     assert len(told["traceback"]) == 4000
     assert describe(ValueError("a\0b\ud800"), "s")["message"] == "a\\0b\\ud800"
+
+
+def test_of_a_deep_traceback_the_innermost_calls_are_told(request: pytest.FixtureRequest) -> None:
+    """A body may raise the limit of recursion to a million, each of which would take its time."""
+    request.addfinalizer(partial(sys.setrecursionlimit, sys.getrecursionlimit()))
+    sys.setrecursionlimit(5000)
+
+    def deep(calls: int) -> float:
+        return deep(calls - 1) if calls else 1 / 0
+
+    with pytest.raises(ZeroDivisionError) as raised:
+        deep(3000)
+    error = raised.value
+    record = logging.makeLogRecord({"exc_info": (type(error), error, error.__traceback__)})
+    lines = [each.format(record) for each in (TextLines(), JsonLines())]
+    for told in (describe(error, "s")["traceback"], *lines):
+        assert "[Previous line repeated 997 more times]" in told
+        assert "ZeroDivisionError" in told
 
 
 def test_an_error_that_was_raised_by_code_without_a_name_is_described() -> None:
