@@ -113,8 +113,8 @@ class Watchdog:
 
     `stop_all` ends every attempt in the same way, watched or not: the worker's grace has ended.
 
-    In a process of its own a body leaves neither a timer (`signal.alarm`) nor handlers of these
-    signals to the next one, which they would end.
+    In a process of its own a body leaves neither timers (`signal.alarm`, faulthandler's) nor
+    handlers of these signals to the next one, which they would end.
 
     A body that holds the interpreter's lock for ever ends its process too, by a timer in C; that
     attempt counts as a crash.
@@ -239,8 +239,8 @@ class Watchdog:
             attempt.over = True
         with self._changed:
             self._attempts.remove(attempt)
-        if self._own_process and attempt.ends_at is not None:
-            faulthandler.cancel_dump_traceback_later()
+        if alone or (self._own_process and attempt.ends_at is not None):
+            faulthandler.cancel_dump_traceback_later()  # or one of the body's
         for number, handler in self._handlers.items() if alone else ():
             if signal.getsignal(number) is not handler:
                 signal.signal(number, handler or signal.SIG_DFL)

@@ -1,5 +1,6 @@
 """Steps and runs that take too long end, whatever their bodies do."""
 
+import faulthandler
 import logging
 import signal
 import threading
@@ -30,6 +31,7 @@ from beatless.orchestrator.watchdog import HANDLED, Attempt, Watchdog
 from beatless.outbox.observer import Signal
 from beatless.testing import Kit
 from tests.plans import ALL, UNLIMITED
+from tests.valkeys import until
 
 APP = "tests.plans:app"
 
@@ -341,11 +343,17 @@ def test_an_attempt_that_has_just_ended_is_not_told_to_end(beatless: Kit) -> Non
     watchdog.stop()
 
 
+def threads() -> set[Path]:
+    """Those of this process, also such as are none of Python's."""
+    return set(Path("/proc/self/task").iterdir())
+
+
 @pytest.mark.parametrize("transactional", [False, True])
 def test_a_body_leaves_neither_a_timer_nor_handlers_of_signals_to_the_next(
     beatless: Kit, transactional: bool
 ) -> None:
     """In a process of its own, as this is taken for one: a timer would end it in the next run."""
+    waiting: list[set[Path]] = []
     before = {number: signal.getsignal(number) for number in HANDLED}
     watchdog = Watchdog(beatless.app.leases, beatless.app.executors.connect, own_process=True)
 
@@ -353,6 +361,9 @@ def test_a_body_leaves_neither_a_timer_nor_handlers_of_signals_to_the_next(
         for number in HANDLED:
             signal.signal(number, lambda *_: None)
         signal.setitimer(signal.ITIMER_REAL, 3600, 3600)
+        others = threads()
+        faulthandler.dump_traceback_later(3600, exit=True)
+        waiting.append(threads() - others)
         return "the outcome"
 
     try:
@@ -368,7 +379,9 @@ def test_a_body_leaves_neither_a_timer_nor_handlers_of_signals_to_the_next(
             assert watchdog.call(attempt, body) == "the outcome"
             assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
             assert {number: signal.getsignal(number) for number in HANDLED} == before
+            until(lambda: not waiting[-1] & threads())
     finally:
+        faulthandler.cancel_dump_traceback_later()
         signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in before.items():
             signal.signal(number, handler)
