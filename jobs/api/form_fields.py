@@ -206,8 +206,10 @@ def _value(each: FormField, text: str) -> Any:
         case "boolean":
             return {"true": True, "false": False}.get(text, text)
         case "integer" | "number":
+            with suppress(ValueError):  # a float would round a whole number of many digits
+                return int(text)
             with suppress(ValueError):
-                return int(text) if each.kind == "integer" else float(text)
+                return float(text) if each.kind == "number" else text
         case "choice" | "json":
             try:
                 return json.loads(text)

@@ -2,11 +2,13 @@
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import pytest
 from playwright.sync_api import Page, expect
 
-from beatless import Fatal, Plan, StepContext, step
+from beatless import Fatal, Plan, RunContext, StepContext, plan, step
 from beatless.testing import Kit
 
 Opener = Callable[..., Page]
@@ -29,9 +31,23 @@ def last(ctx: StepContext) -> int:
     return BIG
 
 
+@dataclass
+class Choice:
+    account: int = BIG
+    other: int = 0
+    way: Literal[1970670598291982290, 3] = 3
+    lines: Any = BIG
+
+
+@plan("asks")
+def asks(run: RunContext) -> Any:
+    found = run.approve("Which?", form=Choice, name="which").data
+    return [found.account, found.other, found.way, found.lines, run.wait("paid").data]
+
+
 @pytest.fixture
 def beatless_plans() -> Sequence[Plan]:
-    return [Plan("echo", [echo, last])]
+    return [Plan("echo", [echo, last]), asks]
 
 
 def test_what_is_stored_is_shown(beatless: Kit, url: str, open_page: Opener) -> None:
@@ -105,6 +121,37 @@ def test_what_is_typed_is_stored(beatless: Kit, url: str, open_page: Opener) -> 
         (stored,) = beatless.client.list_runs(limit=1)
         expected = json.loads(typed)
         assert json.dumps(stored.input, sort_keys=True) == json.dumps(expected, sort_keys=True)
+
+
+def test_what_is_typed_into_a_decision_and_a_signal_is_stored(
+    beatless: Kit, url: str, open_page: Opener
+) -> None:
+    run = beatless.start_run("asks").run_id
+    beatless.work_until_idle()
+    page = open_page()
+    page.goto(f"{url}/#/run/{run}")
+    card = page.get_by_role("form", name="Approval")
+    expect(card.get_by_label("Account")).to_have_value(str(BIG))
+    expect(card.get_by_label("Lines")).to_have_value(str(BIG))
+    card.get_by_label("Other").fill(str(BIG + 1))
+    card.get_by_label("Way").select_option(label=str(BIG))
+    card.get_by_label("Lines").fill("[1.10]")
+    card.get_by_label("You are").fill("ann@example.com")
+    card.get_by_role("button", name="Send the decision").click()
+    expect(page.locator("#said")).to_contain_text("Decided")
+    beatless.work_until_idle()
+
+    page.get_by_role("button", name="Signal", exact=True).click()
+    dialog = page.get_by_role("dialog")
+    dialog.get_by_label("Data (JSON)").fill("[0.12345678901234567890]")
+    dialog.get_by_role("button", name="Send").click()
+    expect(dialog.get_by_role("alert")).to_contain_text("The data cannot be stored as it is")
+    dialog.get_by_label("Data (JSON)").fill(TYPED[0])
+    dialog.get_by_role("button", name="Send").click()
+    expect(dialog).to_have_count(0)
+    beatless.work_until_idle()
+    expected = [BIG, BIG + 1, BIG, [1.1], {"id": BIG}]
+    assert beatless.client.get_run(run).result == expected
 
 
 REFUSED = (

@@ -85,6 +85,12 @@ def test_each_type_has_a_field_whose_answer_the_form_takes() -> None:
     )
 
 
+@pytest.mark.parametrize("member", ["amount", "share"])
+def test_a_whole_number_of_many_digits_stays_what_it_is(member: str) -> None:
+    found = decision_of(fields_of(FORM.schema), GIVEN | {f"f.{member}": "1970670598291982290"})
+    assert found[member] == 1970670598291982290
+
+
 def test_what_a_person_has_written_is_in_the_form_again_as_text() -> None:
     shown = html_of(fields_of(FORM.schema), {**GIVEN, "f.note": '"><script>', "f.amount": "<b>"})
     assert "<script>" not in shown

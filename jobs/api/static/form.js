@@ -2,13 +2,16 @@
 // scripts: form_fields.py.
 
 import { el } from "./dom.js";
+import { object, parts, typed } from "./json.js";
 
 const WHOLE = "decision"; // the only field of a schema without members: its JSON
 const INPUTS = { date: "date", time: "time", email: "email", uri: "url", password: "password" };
 const SCALARS = ["boolean", "integer", "number", "string"];
+const TEXTS = Object.fromEntries(["default", "enum", "const", "minimum", "maximum"].map((name) => [name, Symbol(name)])); // their members, as they are written
 
 export class Form {
-  constructor(schema) {
+  constructor(text) {
+    const schema = parsed(text);
     const whole = resolved(schema, schema);
     const given = whole.properties ?? {};
     const names = new Set([...(whole["x-order"] ?? []), ...Object.keys(given)]); // jsonb keeps no order
@@ -20,26 +23,39 @@ export class Form {
     this.nodes = this.fields.filter((each) => each !== this.verdict).map(({ node }) => node);
   }
 
-  // The JSON of what is filled in; `approved` is that of the button which was pressed.
+  // The JSON of what is filled in, as a text; `approved` is that of the button which was pressed.
   read(data, approved) {
-    const found = {};
+    const found = [];
     for (const each of this.fields) {
-      if (each === this.verdict) { found[each.name] = approved; continue; }
+      if (each === this.verdict) { found.push([each.name, String(approved)]); continue; }
       const text = data.get(each.name);
       if (text === null || (!text.trim() && !(each.required && each.kind === "string"))) continue;
-      found[each.name] = value(each, text);
+      found.push([each.name, value(each, text)]);
     }
-    return this.whole ? found[WHOLE] ?? null : found;
+    return this.whole ? found[0]?.[1] ?? "null" : object(found);
   }
 }
 
+// A schema, whose numbers are kept as texts where a browser would round them.
+function parsed(text) {
+  const sign = text.trimStart()[0];
+  if (sign === "[") return Array.from(parts(text), ([, part]) => parsed(part));
+  if (sign !== "{") return JSON.parse(text);
+  const found = {};
+  for (const [name, part] of parts(text)) {
+    found[name] = parsed(part);
+    if (Object.hasOwn(TEXTS, name)) found[TEXTS[name]] = part;
+  }
+  return found;
+}
+
 function field(name, member, required) {
-  const choices = member.enum ?? ("const" in member ? [member.const] : []);
+  const choices = member.enum ? Array.from(parts(member[TEXTS.enum]), ([, text]) => text) : "const" in member ? [member[TEXTS.const]] : [];
   const kind = choices.length ? "choice" : SCALARS.includes(member.type) ? member.type : "json";
   const title = [String(member.title ?? name), required ? null : el("span", { class: "soft" }, " (optional)")];
   const about = member.description ? el("small", { class: "soft" }, String(member.description)) : null;
   const given = member.default === undefined || member.default === null || member.default === "" ? ""
-    : kind === "string" ? String(member.default) : JSON.stringify(member.default);
+    : kind === "string" ? String(member.default) : member[TEXTS.default];
   if (kind === "boolean") {
     const choice = (text, words) => el("label", { class: "check" }, el("input", { type: "radio", name, value: text, required, checked: given === text }), words);
     return { name, kind, required, node: el("fieldset", {}, el("legend", {}, ...title), choice("true", "Yes"), choice("false", "No"), about) };
@@ -48,10 +64,10 @@ function field(name, member, required) {
   let input;
   if (kind === "choice") {
     input = el("select", common, required && given ? null : el("option", { value: "" }),
-      ...choices.map((each) => el("option", { value: JSON.stringify(each), selected: JSON.stringify(each) === given }, String(each))));
+      ...choices.map((text) => el("option", { value: text, selected: text === given }, text[0] === '"' ? JSON.parse(text) : text)));
   } else {
     const type = ["integer", "number"].includes(kind) ? "number" : INPUTS[member.format] ?? "text";
-    const limits = { minlength: member.minLength, maxlength: member.maxLength, min: member.minimum, max: member.maximum, step: kind === "number" ? "any" : null };
+    const limits = { minlength: member.minLength, maxlength: member.maxLength, min: member[TEXTS.minimum], max: member[TEXTS.maximum], step: kind === "number" ? "any" : null };
     const free = Object.values(limits).every((limit) => limit === undefined || limit === null);
     input = kind === "json" || (type === "text" && !required && free) ? el("textarea", { rows: "3", ...common }, given)
       : el("input", { type, value: given, autocomplete: "off", ...limits, ...common });
@@ -74,10 +90,12 @@ function resolved(member, schema, most = 8) {
   return {};
 }
 
-// What is no number is left as text, which the form refuses.
+// The JSON of an answer. What is no number is left as text, which the form refuses.
 function value({ kind, name }, text) {
-  if (kind === "boolean") return text === "true";
-  if (kind === "integer" || kind === "number") return Number.isFinite(Number(text)) ? Number(text) : text;
-  if (kind === "string") return text;
-  try { return JSON.parse(text); } catch (error) { throw new Error(`${name} is not JSON: ${error.message}`); }
+  if (kind === "string") return JSON.stringify(text);
+  if (kind === "boolean") return String(text === "true");
+  if (kind !== "integer" && kind !== "number") return typed(text, name);
+  const number = text.trim().replace(/^(-?)0+(?=\d)/, "$1");
+  if (/^-?\d+(\.\d+)?(e[+-]?\d+)?$/i.test(number)) return typed(number, name);
+  return Number.isFinite(Number(number)) ? String(Number(number)) : JSON.stringify(text);
 }

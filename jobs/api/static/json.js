@@ -95,7 +95,7 @@ export function pretty(text) {
 }
 
 // Why this could not be stored as it is written, or null.
-export function offence(text) {
+function offence(text) {
   const sign = text.trimStart()[0];
   if (sign !== "{" && sign !== "[") return exact(text.trim()) ? null : `the number ${text.trim()} has more digits than a float holds`;
   const seen = new Set();
@@ -106,6 +106,14 @@ export function offence(text) {
     if (inner !== null) return inner;
   }
   return null;
+}
+
+// The text of a value that a person has typed, to be sent as it is. Throws an Error that says what of it is wrong.
+export function typed(text, what) {
+  try { JSON.parse(text); } catch (error) { throw new Error(`${what} is not JSON: ${error.message}`); }
+  const wrong = offence(text);
+  if (wrong !== null) throw new Error(`${what} cannot be stored as it is: ${wrong}`);
+  return text;
 }
 
 // Integers are of any size where they are stored; what has a fraction or an exponent is a float.

@@ -1,9 +1,9 @@
 // One run: its timeline and its events, live.
 
-import { address, call, callText, lacks, now, post, token } from "./api.js";
+import { address, call, callText, lacks, now, post, postText, token } from "./api.js";
 import { ask, copyable, count, el, forbid, problem, runLink, setText, shortId, span, tell, time, worded } from "./dom.js";
 import { Form } from "./form.js";
-import { member, object, parts, pretty } from "./json.js";
+import { member, object, parts, pretty, typed } from "./json.js";
 import { Output } from "./output.js";
 import { mayStream, seen, take, watch } from "./places.js";
 import { Story, Timeline } from "./timeline.js";
@@ -88,9 +88,8 @@ export async function showRun(page, runId) {
       fields: [el("label", {}, "Name", name), el("datalist", { id: "signals" }, ...names.map((each) => el("option", { value: each }))),
         el("label", {}, "Data (JSON)", el("textarea", { name: "data", rows: "4", spellcheck: "false" }))],
       check: (data) => {
-        const given = data.get("data").trim();
-        try { if (given) JSON.parse(given); } catch (error) { throw new Error(`The data is not JSON: ${error.message}`); }
-        return post(`${path}/signals`, { name: data.get("name"), data: given ? JSON.parse(given) : null });
+        const given = typed(data.get("data").trim() || "null", "The data");
+        return postText(`${path}/signals`, object([["name", JSON.stringify(data.get("name"))], ["data", given]]));
       },
     });
     if (sent?.new && !sent.waits_for.includes(name.value)) {
@@ -103,7 +102,7 @@ export async function showRun(page, runId) {
     if ((wait?.seq ?? null) === asks) return;
     asks = wait?.seq ?? null;
     if (!wait) { question.replaceChildren(); return; }
-    const form = new Form(wait.data.schema ?? {});
+    const form = new Form(member(wait.text, "data", "schema") ?? "{}");
     const refused = el("div");
     const by = el("input", { name: "beatless-by", required: true, maxlength: "200", autocomplete: "email", value: sessionStorage.getItem(PERSON) ?? "" });
     const buttons = form.verdict
@@ -117,7 +116,7 @@ export async function showRun(page, runId) {
       try {
         const decision = form.read(new FormData(card), event.submitter?.value === "true");
         sessionStorage.setItem(PERSON, by.value.trim());
-        await post(`${path}/approvals/${encodeURIComponent(wait.step)}`, { data: decision, by: by.value.trim() });
+        await postText(`${path}/approvals/${encodeURIComponent(wait.step)}`, object([["data", decision], ["by", JSON.stringify(by.value.trim())]]));
         tell(`Decided: ${wait.data.title}`);
       } catch (error) { refused.replaceChildren(problem(error)); }
       for (const button of buttons) forbid(button, reason);

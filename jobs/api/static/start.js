@@ -2,7 +2,7 @@
 
 import { call, postText } from "./api.js";
 import { ask, el, worded } from "./dom.js";
-import { object, offence } from "./json.js";
+import { object, typed } from "./json.js";
 
 export async function startRun() {
   let plans = [];
@@ -69,9 +69,6 @@ function request(data, options) {
   const text = (name) => data.get(name).trim();
   const members = { plan: data.get("plan") };
   for (const { name, read } of options) if (text(name)) members[name] = read(text(name));
-  const input = text("input") || "null";
-  try { JSON.parse(input); } catch (error) { throw new Error(`The input is not JSON: ${error.message}`); }
-  const wrong = offence(input);
-  if (wrong !== null) throw new Error(`The input cannot be stored as it is: ${wrong}`);
+  const input = typed(text("input") || "null", "The input");
   return object([...Object.entries(members).map(([name, value]) => [name, JSON.stringify(value)]), ["input", input]]);
 }
