@@ -111,7 +111,7 @@ def serving(app: App, port: int = 0, *, reuse_port: bool = False, **options: Any
 
 
 @contextmanager
-def hosting(host: ASGIApp, **options: str) -> Iterator[Api]:
+def hosting(host: ASGIApp, **options: Any) -> Iterator[Api]:
     """An app of somebody's on a plain uvicorn, as its users run it."""
     ready = threading.Event()
 
@@ -122,13 +122,14 @@ def hosting(host: ASGIApp, **options: str) -> Iterator[Api]:
 
     sockets = bind("127.0.0.1", 0)
     # A server in a thread gets no signal: a stream that a failed test left open would hang it.
-    config = uvicorn.Config(host, log_config=None, timeout_graceful_shutdown=1, **options)
-    server = Server(config)
+    server = Server(
+        uvicorn.Config(host, **{"log_config": None, "timeout_graceful_shutdown": 1} | options)
+    )
     thread = threading.Thread(target=server.run, kwargs={"sockets": sockets})
     thread.start()
     assert ready.wait(60)
     try:
-        yield Api(sockets[0].getsockname()[1])
+        yield Api(sockets[0].getsockname()[1], server)
     finally:
         server.should_exit = True
         thread.join(60)

@@ -1,11 +1,15 @@
 """The open streams of one API: which of them must end, and when."""
 
 import asyncio
+import inspect
 import logging
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
+
+import uvicorn
 
 from beatless.auth import Grant, Tokens
 from beatless.outbox.clock import monotonic
@@ -56,9 +60,10 @@ class OpenStreams:
 
     async def _end_in_time(self) -> None:
         check_at = monotonic() + TOKEN_CHECK_S
+        servers = _servers_of(asyncio.all_tasks())
         while self._open:
             await asyncio.sleep(STOP_CHECK_S)
-            if _server_stops():
+            if _stops(servers):
                 self.end_all()
             elif monotonic() >= check_at:
                 try:
@@ -88,7 +93,28 @@ class OpenStreams:
                 stream.end()
 
 
-def _server_stops() -> bool:
-    # Its handler of signals is a method of the server, which knows.
-    handler = signal.getsignal(signal.SIGTERM)
-    return bool(getattr(getattr(handler, "__self__", None), "should_exit", False))
+def _servers_of(tasks: set[asyncio.Task[Any]]) -> list[uvicorn.Server]:
+    """Each uvicorn that runs in one of the tasks of a loop, by itself or within other code."""
+    found = []
+    for task in tasks:
+        awaited: Any = task.get_coro()
+        while inspect.iscoroutine(awaited):
+            owner = inspect.getcoroutinelocals(awaited).get("self")
+            if isinstance(owner, uvicorn.Server):
+                found.append(owner)
+                break
+            awaited = awaited.cr_await
+    return found
+
+
+def _stops(servers: list[uvicorn.Server]) -> bool:
+    """Whether one closes its sockets; without any, what the handler of SIGTERM says."""
+    if not servers:
+        # In another thread. Its handler of signals is a method of the server, which knows.
+        handler = signal.getsignal(signal.SIGTERM)
+        return bool(getattr(getattr(handler, "__self__", None), "should_exit", False))
+    # After `limit_max_requests` it stops without that it should exit.
+    return any(
+        server.should_exit or not all(each.is_serving() for each in server.servers)
+        for server in servers
+    )

@@ -120,3 +120,25 @@ def test_an_open_stream_does_not_keep_a_server_from_stopping(
             server.terminate()
             assert list(stream) == []  # whole: an answer that breaks off raises IncompleteRead
         server.wait(60)
+
+
+@pytest.mark.parametrize("stops", ["when it is told", "after so many requests"])
+def test_an_open_stream_does_not_keep_a_server_in_a_thread_from_stopping(
+    beatless: Kit, beatless_app: App, stops: str
+) -> None:
+    """It gets no signal, and after its last request nobody has told it to stop."""
+    run = beatless.start_run("two_steps").run_id
+    most = 1 if stops == "after so many requests" else None
+    with (
+        hosting(
+            create_api(beatless_app), timeout_graceful_shutdown=None, limit_max_requests=most
+        ) as api,
+        api.stream(f"/v1/runs/{run}/stream") as stream,
+    ):
+        next(stream)
+        assert next(stream)["event"] == "RunStarted"
+        if most:
+            api("GET", "/livez")
+        else:
+            api.state.should_exit = True
+        assert list(stream) == []  # whole: an answer that breaks off raises IncompleteRead
