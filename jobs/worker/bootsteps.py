@@ -1,11 +1,13 @@
 """Small steps of Celery's worker: set-up of its processes, pool repair, signs of life, metrics."""
 
 import os
+import threading
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar, Self
 from wsgiref.simple_server import WSGIServer
 
+from billiard.common import REMAP_SIGTERM
 from celery import bootsteps, signals
 
 from beatless.observe.logs import enable_own_loggers
@@ -32,6 +34,13 @@ class ProcessSetup(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery has
         signals.worker_process_init.connect(self._in_child)
         enable_own_loggers()
         warn_of_foreign(os.environ, worker.app.conf.broker_url)
+
+    def start(self, worker: Any) -> None:
+        """Celery has just installed its handlers: SIGTERM lets steps end, whatever it has read."""
+        if REMAP_SIGTERM and threading.current_thread() is threading.main_thread():
+            from celery.apps.worker import install_worker_term_handler  # heavy: not for clients
+
+            install_worker_term_handler(worker, how="Warm", callback=None, exitcode=0)
 
     def stop(self, _worker: Any) -> None:
         signals.worker_process_init.disconnect(self._in_child)

@@ -33,9 +33,10 @@ IGNORED = (
     "CELERY_RESULT_BACKEND",
     "CONFIG_MODULE",
     "LOADER",
+    "REMAP_SIGTERM",
     "RESULT_BACKEND",
 )
-"""Variables that would override the settings of a Celery app."""
+"""Variables that would override the settings of a Celery app, or end its steps without a grace."""
 
 ALWAYS_EAGER = ("task_always_eager", "celery_always_eager")
 """Names of the setting by which tasks are executed where they are sent."""

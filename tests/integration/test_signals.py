@@ -105,6 +105,30 @@ def test_a_signal_to_the_whole_group_of_a_worker_lets_its_step_end(
     beatless.verify()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "beatless_settings", [{"lease_seconds": 300, "redispatch_seconds": 300, "grace_seconds": 300}]
+)
+def test_a_variable_by_which_another_celery_ends_its_tasks_at_once_is_ignored(
+    beatless: Kit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Celery documents it for Heroku: SIGTERM begins a cold shutdown."""
+    monkeypatch.setenv("REMAP_SIGTERM", "SIGQUIT")
+    go = tmp_path / "go"
+    beatless.relay.start()
+    worker = beatless.worker_process(APP)
+    run = beatless.start_run("gated", {"go": str(go)})
+    beatless.wait_for_event(run.run_id, "StepStarted")
+
+    os.kill(worker.pid, signal.SIGTERM)
+    await_line(worker, "runs are released")
+    go.touch()
+
+    assert beatless.wait_for_run_completion(run.run_id).attempt == 1
+    assert worker._process.wait(60) == 0
+    assert "REMAP_SIGTERM" in worker.log.read_text()
+
+
 @pytest.mark.long
 @pytest.mark.parametrize(
     "beatless_settings", [{"lease_seconds": 300, "redispatch_seconds": 300, "grace_seconds": 300}]
