@@ -7,7 +7,7 @@ JobsError
 ├── QueueBusy           runs of the queue are running
 ├── WrongEncoding       the database cannot hold every text
 ├── SchemaBehind        the database lacks what this version needs
-├── SchemaTaken         the schema has tables of others under names of ours
+├── SchemaTaken         the schema has something of others under names of ours
 ├── MigrationBlocked    a table is held by others for so long that it cannot be changed
 ├── Unreachable         Postgres, Redis, the broker or the API does not answer
 ├── StatementTimeout    Postgres ended a statement that waited or worked for too long

@@ -47,6 +47,8 @@ CREATED = re.compile(
     r"^CREATE (?:UNIQUE )?(?:TABLE|INDEX)(?: CONCURRENTLY)?(?: IF NOT EXISTS)? (\w+)", re.MULTILINE
 )
 
+FUNCTION = re.compile(r"^CREATE (?:OR REPLACE )?FUNCTION (\w+)", re.MULTILINE)
+
 BODY_OR_END = re.compile(r"(\$\$.*?\$\$|;[ \t]*\n)", re.DOTALL)
 
 TABLE = re.compile(r"CREATE TABLE(?: IF NOT EXISTS)? (?P<name>\w+) \((?P<body>.*)\)", re.DOTALL)
@@ -115,14 +117,17 @@ def check_names(
 ) -> None:
     """Raises SchemaTaken if the schema has something of others under a name that is to be made.
 
-    Tables of an interrupted migration have our columns. Asked before the first change: IF NOT
-    EXISTS would take another's table for ours.
+    Tables of an interrupted migration have our columns, and functions our text. Asked before the
+    first change: IF NOT EXISTS would take another's table for ours, and OR REPLACE its function.
     """
     places = [VERSIONS, *([versions] if versions else [])]
     texts = {file.name: file.read_text() for place in places for file in place.glob("*.sql")}
     tables = {name: columns for text in texts.values() for name, columns in _tables(text)}
     pending = [text for name, text in texts.items() if not found or name.partition("_")[0] > found]
     names = {name for text in pending for name in CREATED.findall(text)}
+    functions = {name for text in pending for name in FUNCTION.findall(text)} - {
+        name for text in texts.values() if text not in pending for name in FUNCTION.findall(text)
+    }
     rows = execute(
         connection,
         "SELECT c.relname::text, ARRAY(SELECT a.attname::text FROM pg_attribute a "
@@ -139,6 +144,21 @@ def check_names(
         if not found
         or (indexed is None and not tables.get(name, {""}) <= set(columns))
         or (indexed is not None and indexed not in tables)
+    ]
+    rows = execute(
+        connection,
+        "SELECT t.typname::text, t.typname::text, NULL FROM pg_type t "
+        "JOIN pg_namespace n ON n.oid = t.typnamespace "
+        "WHERE n.nspname = %(schema)s AND t.typname = ANY(%(names)s) AND t.typrelid = 0 "
+        "UNION ALL SELECT p.proname::text, p.proname || '()', p.prosrc FROM pg_proc p "
+        "JOIN pg_namespace n ON n.oid = p.pronamespace "
+        "WHERE n.nspname = %(schema)s AND p.proname = ANY(%(functions)s) ORDER BY 1",
+        {"schema": schema, "names": sorted(names), "functions": sorted(functions)},
+    )
+    taken += [
+        shown
+        for _, shown, source in rows
+        if not (found and source and any(f"${source}$" in text for text in texts.values()))
     ]
     if taken:
         raise SchemaTaken(schema, taken)

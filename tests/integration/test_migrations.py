@@ -291,6 +291,10 @@ def test_two_schemas_in_one_database_do_not_see_each_other(
         "CREATE TABLE {}.queues (name text)",
         "CREATE VIEW {}.history AS SELECT 1 AS token",
         "CREATE TABLE {0}.mine (a int); CREATE INDEX runs_key ON {0}.mine (a)",
+        "CREATE TYPE {}.signals AS ENUM ('red')",
+        "CREATE FUNCTION {}.start_run(text) RETURNS text LANGUAGE sql AS 'SELECT 1'",
+        "CREATE FUNCTION {}.shard_of(run_id text) RETURNS integer LANGUAGE sql AS 'SELECT 1'",
+        "CREATE PROCEDURE {}.let_in(who text) LANGUAGE sql AS 'SELECT 1'",
     ],
 )
 def test_a_schema_with_tables_of_others_is_refused_before_the_first_change(
@@ -315,6 +319,17 @@ def test_a_table_of_others_under_a_name_that_is_still_to_be_made_is_refused(
     with pytest.raises(SchemaTaken, match="has api_tokens, not made by beatless"):
         migrate(beatless_app.engine, schema)
     assert shape(postgres, schema) == before
+
+
+def test_a_function_of_others_under_a_name_that_is_still_to_be_made_is_refused(
+    beatless_app: App, postgres: psycopg.Connection, schema: str
+) -> None:
+    migrate(beatless_app.engine, schema)
+    theirs = f"CREATE FUNCTION {schema}.start_run(text) RETURNS text LANGUAGE sql AS 'SELECT 1'"
+    postgres.execute(f"UPDATE {schema}.beatless_version SET version_num = '0019'".encode())
+    postgres.execute(theirs.encode())
+    with pytest.raises(SchemaTaken, match=r"has start_run\(\), not made by beatless"):
+        migrate(beatless_app.engine, schema)
 
 
 @pytest.mark.slow
