@@ -15,10 +15,10 @@ def shard_of(run_id: str) -> int:
     return zlib.crc32(run_id.encode()) % SHARDS
 
 
-LINE_ENDS = tuple(
-    (end.encode(), f"\\u{ord(end):04x}".encode()) for end in ("\x85", "\u2028", "\u2029")
-)
+ESCAPED = {end: f"\\u{end:04x}" for end in (0x85, 0x2028, 0x2029)}
 """Ends of a line in Unicode that are none in JSON: in it only as part of a string."""
+
+LINE_ENDS = tuple((chr(end).encode(), escaped.encode()) for end, escaped in ESCAPED.items())
 
 
 def one_line(text: bytes) -> bytes:
@@ -27,6 +27,11 @@ def one_line(text: bytes) -> bytes:
         for end, escaped in LINE_ENDS:
             text = text.replace(end, escaped)
     return text.replace(b"\r", b" ")  # only ever between two parts
+
+
+def escape_line_ends(text: str) -> str:
+    """JSON of `json.dumps`, for such readers: that has no other end of a line than these."""
+    return text if text.isascii() else text.translate(ESCAPED)
 
 
 def channel_for(prefix: str, origin: str, run_id: str) -> str:

@@ -20,6 +20,7 @@ from beatless.errors import BadRequest, BadSetting, JobsError
 from beatless.namespaces import DEFAULT_NAMESPACE, namespace_of
 from beatless.orchestrator.errors import OrchestratorError
 from beatless.orchestrator.outcomes import PlanError
+from beatless.outbox.message import escape_line_ends
 
 # Imported at run time where they are used: most of the time to start is theirs.
 if TYPE_CHECKING:
@@ -140,7 +141,8 @@ class Environment:
 
     def document(self, value: Any) -> None:
         """One JSON document on stdout, with times as ISO 8601."""
-        click.echo(json.dumps(value, ensure_ascii=False, default=datetime.isoformat))
+        text = json.dumps(value, ensure_ascii=False, default=datetime.isoformat)
+        click.echo(escape_line_ends(text))
 
     def note(self, text: str) -> None:
         """Something for the person, never part of the output."""

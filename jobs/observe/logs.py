@@ -18,6 +18,9 @@ from typing import Any, TextIO
 
 from beatless.orchestrator.failure import MOST_FRAMES
 from beatless.orchestrator.lease import Lease
+from beatless.outbox.message import escape_line_ends
+
+logger = logging.getLogger(__name__)
 
 CONTEXT: ContextVar[Mapping[str, Any]] = ContextVar("beatless_log_context")
 
@@ -44,6 +47,10 @@ LIBRARY_LOGGERS = ("celery", "kombu", "billiard", "amqp", "uvicorn")
 """The libraries that our processes consist of beside our own packages."""
 
 
+KEEPING: list[Callable[[], None]] = []
+"""Called when an attempt or a claim ends: what was imported in it may have configured logging."""
+
+
 class Format(StrEnum):
     """The formatter of log lines."""
 
@@ -56,7 +63,7 @@ def configure(form: str, stream: TextIO, level: int = logging.INFO) -> Callable[
 
     A worker does it again after its start, in its children as well: projects configure logging
     there, and Celery's Django fix-up does it a second time. That disables loggers which the project
-    has made in between; they are enabled again.
+    has made in between; they are enabled again. So it does after a step that took our handler away.
 
     Gives the function that puts everything back as it was.
     """
@@ -78,7 +85,12 @@ def configure(form: str, stream: TextIO, level: int = logging.INFO) -> Callable[
             each.disabled = False
         enable_own_loggers(*LIBRARY_LOGGERS)
 
+    def keep() -> None:
+        if handler not in root.handlers or logger.disabled:
+            apply()
+
     apply()
+    KEEPING.append(keep)
     logging.captureWarnings(capture=True)
     from celery import signals  # here, because every app imports this module
 
@@ -87,6 +99,7 @@ def configure(form: str, stream: TextIO, level: int = logging.INFO) -> Callable[
         sent.connect(apply)
 
     def restore() -> None:
+        KEEPING.remove(keep)
         for sent in (signals.setup_logging, signals.worker_process_init):
             sent.disconnect(apply)
         root.handlers[:] = handlers
@@ -150,6 +163,8 @@ class LogScope:
             return self._inner.__exit__(kind, error, traceback)
         finally:
             CONTEXT.reset(self._before)
+            for keep in KEEPING:
+                keep()
 
 
 def trace_of(context: Mapping[str, str] | None) -> str | None:
@@ -207,7 +222,7 @@ class JsonLines(_Lines):
             line["exception"] = masked(self.formatException(record.exc_info))
         if record.stack_info:
             line["stack"] = masked(record.stack_info)
-        return json.dumps(line, ensure_ascii=False, default=str)
+        return escape_line_ends(json.dumps(line, ensure_ascii=False, default=str))
 
 
 class TextLines(_Lines):

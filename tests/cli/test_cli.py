@@ -3,9 +3,9 @@
 import io
 import json
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import psycopg
 import pytest
@@ -353,6 +353,30 @@ def test_what_a_run_carries_cannot_command_the_terminal(command: Beatless, beatl
     out = command("events", "r").out
     assert "\x1b" not in out
     assert "[red]:key:" in out
+
+
+def test_a_json_document_is_one_line_for_every_reader_of_lines(
+    command: Beatless, beatless: Kit
+) -> None:
+    ends = "\v\f\x1c\x1d\x1e\x85\u2028\u2029\r\n"
+    run_id = beatless.start_run("two_steps", {"text": ends}).run_id
+
+    for arguments in (["show", run_id], ["runs"]):
+        (line,) = command("--json", *arguments).out.splitlines()
+        assert ends in list(walked(json.loads(line)))
+
+
+def walked(value: Any) -> Iterator[str]:
+    """The texts in a JSON value."""
+    match value:
+        case dict():
+            for each in value.values():
+                yield from walked(each)
+        case list():
+            for each in value:
+                yield from walked(each)
+        case str():
+            yield value
 
 
 def test_clean_counts_and_then_takes_away(command: Beatless, beatless: Kit) -> None:

@@ -3,6 +3,7 @@
 import io
 import json
 import logging
+import logging.config
 import urllib.request
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from beatless import Plan, StepContext, step
 from beatless.observe.logs import JsonLines, LogScope, TextLines, configure, masked
 from beatless.orchestrator.lease import Lease
 from beatless.testing import Kit
@@ -130,6 +132,48 @@ def test_text_is_one_line_with_its_facts() -> None:
         {"msg": "run finished", "levelname": "INFO", "name": "jobs", "seq": 13, "seconds": 0.25}
     )
     assert TextLines().format(record).endswith("INFO    jobs  run finished  seq=13  seconds=0.25")
+
+
+def test_json_is_one_line_for_every_reader_of_lines() -> None:
+    ends = "\v\f\x1c\x1d\x1e\x85\u2028\u2029\r\n"
+    record = logging.makeLogRecord({"msg": ends, "levelname": "INFO", "name": ends, "fact": ends})
+    (line,) = JsonLines().format(record).splitlines()
+    told = json.loads(line)
+    assert (told["message"], told["logger"], told["fact"]) == (ends, ends, ends)
+
+
+@step
+def configures(ctx: StepContext) -> None:
+    """As an import in its body may, or `django.setup()`."""
+    logging.config.dictConfig({"version": 1, "root": {"level": "ERROR"}} | ctx.input)
+
+
+@step
+def says(ctx: StepContext) -> None:
+    logging.getLogger("beatless.tests").info("said")
+
+
+class TestLoggingThatAStepConfigures:
+    @pytest.fixture
+    def beatless_plans(self) -> list[Plan]:
+        return [Plan("configures", [configures, says])]
+
+    @pytest.fixture(params=[True, False])
+    def disables(self, request: pytest.FixtureRequest) -> Iterator[bool]:
+        loggers = [logging.getLogger(name) for name in list(logging.root.manager.loggerDict)]
+        before = [each.disabled for each in loggers]
+        yield request.param
+        for each, disabled in zip(loggers, before, strict=True):
+            each.disabled = disabled
+
+    def test_silences_no_line_behind_it(
+        self, written: io.StringIO, beatless: Kit, disables: bool
+    ) -> None:
+        run = beatless.start_run("configures", {"disable_existing_loggers": disables})
+        beatless.work_until_idle()
+
+        told = [line for line in lines(written.getvalue()) if line.get("run_id") == run.run_id]
+        assert [line["message"] for line in told][-2:] == ["said", "run finished"]
 
 
 @pytest.mark.slow
