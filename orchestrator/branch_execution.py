@@ -11,6 +11,7 @@ from typing import Any
 from beatless.orchestrator.child_calls import PAGE_CHILDREN, ChildCall, Children
 from beatless.orchestrator.errors import BadPayload
 from beatless.orchestrator.events import EventType, NewEvent, as_stored
+from beatless.orchestrator.failure import is_a
 from beatless.orchestrator.function_call import Broken, Ended
 from beatless.orchestrator.function_execution import FunctionExecution
 from beatless.orchestrator.open_waits import OpenWait
@@ -233,10 +234,12 @@ class BranchExecution(FunctionExecution):
                 else:
                     answer = self._replay.finished(pending, as_stored(event)["result"])
                     yield from self._tell(pending, event, answer)
-            case Raised(CancelledError()) if pending is not None and self._stopped is not None:
-                yield from self._write([self._boundaries.given_back(call)])
             case Raised(error):
-                yield from self._take_failure(call, pending, error)
+                is_left = pending is not None and self._stopped is not None
+                if is_left and is_a(error, CancelledError):
+                    yield from self._write([self._boundaries.given_back(call)])
+                else:
+                    yield from self._take_failure(call, pending, error)
             case Cancelled():
                 self._is_cancelled = True
                 yield from self._write(self._boundaries.stopped(call).normal.events[:1])
@@ -268,7 +271,7 @@ class BranchExecution(FunctionExecution):
         assert failure is not None  # noqa: S101 - as `_failed` has it
         if pending is None:
             self._begun_beside.pop(call.named, None)
-            told = call.named in self._told_to_end and isinstance(error, CancelledError)
+            told = call.named in self._told_to_end and is_a(error, CancelledError)
             event = self._boundaries.abandoned(call, None if told else failure.facts)
             settlement = self._boundaries.going_on([event])
             yield from self._write_all(replace(commit, settlement=settlement))

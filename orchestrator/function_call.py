@@ -22,7 +22,7 @@ from greenlet import GreenletExit, getcurrent, greenlet
 
 from beatless.orchestrator.branches import BRANCH
 from beatless.orchestrator.child_calls import plain
-from beatless.orchestrator.failure import raise_if_leaving
+from beatless.orchestrator.failure import is_a, raise_if_leaving, text_of
 from beatless.orchestrator.outcomes import PlanError
 from beatless.orchestrator.plan_loop import ONLY_RUN, PlanLoop
 from beatless.orchestrator.records import Run
@@ -344,7 +344,7 @@ class CoroutineCall:
             told = asyncio.CancelledError("the function has cancelled itself")
             told.__cause__ = cancelled
             return self._broken(told)
-        if isinstance(error, RuntimeError) and any(each in str(error) for each in FOREIGN):
+        if error is not None and is_a(error, RuntimeError) and _is_foreign(text_of(error)):
             refused = self._refused()
             refused.__cause__ = error
             return self._broken(refused)
@@ -359,7 +359,7 @@ class CoroutineCall:
 
     def _broken(self, error: BaseException) -> Said:
         """It has raised: perhaps because it took a call that it did not await for the result."""
-        if not isinstance(error, PlanError):
+        if not is_a(error, PlanError):
             try:
                 self._run_context.check_awaited()
             except PlanError as forgotten:
@@ -378,6 +378,10 @@ class CoroutineCall:
         self._run(lambda: self._swallowed >= MAX_SWALLOWED)
         if not self._main.done():
             _swallowed(self._replay)
+
+
+def _is_foreign(text: str) -> bool:
+    return any(each in text for each in FOREIGN)
 
 
 def _ended(value: Any, replay: Replay) -> Said:

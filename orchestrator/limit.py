@@ -7,6 +7,7 @@ from typing import Any, Literal, Protocol
 
 from beatless.orchestrator.errors import BadPayload
 from beatless.orchestrator.events import storable
+from beatless.orchestrator.failure import describe
 from beatless.orchestrator.outcomes import PlanError
 
 LIMIT_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}")
@@ -120,9 +121,10 @@ class Limit:
         try:
             found = self.key(*given, **named)
         except Exception as error:
+            told = describe(error, "")
             raise BadPayload(
                 f"the key of limit {self.name}",
-                f"cannot be computed of this input: {type(error).__name__}: {error}",
+                f"cannot be computed of this input: {told['type']}: {told['message']}",
             ) from error
         if not _is_key(found):
             raise BadPayload(

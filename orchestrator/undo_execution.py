@@ -134,7 +134,7 @@ class UndoExecution(Execution):
                     "action": "not_undone",
                     "run_id": self._run_id,
                     "step": progress.occurrence,
-                    "reason": type(error).__name__,
+                    "reason": commit.failure.facts["type"],
                 },
             )
         return None

@@ -1,5 +1,6 @@
 """Exceptions whose own code raises: whatever is asked of them, the attempt has failed, once."""
 
+import asyncio
 import logging
 import sys
 from functools import partial
@@ -7,7 +8,22 @@ from typing import Any
 
 import pytest
 
-from beatless import Fatal, JsonLines, Plan, RunState, StepContext, TextLines, step
+from beatless import (
+    BadPayload,
+    Fatal,
+    JsonLines,
+    Limit,
+    Plan,
+    RunContext,
+    RunState,
+    StepContext,
+    StepFailed,
+    TextLines,
+    Undone,
+    child,
+    plan,
+    step,
+)
 from beatless.orchestrator.failure import describe
 from beatless.testing import Kit
 
@@ -53,6 +69,17 @@ class Hidden(Exception):
         raise ValueError("no traceback")
 
     __cause__ = __context__ = __suppress_context__ = __notes__ = __class__ = __traceback__
+
+
+class HiddenRuntimeError(RuntimeError):
+    """What asyncio says of an await that it refuses is a RuntimeError too."""
+
+    @property
+    def __class__(self) -> Any:
+        raise ValueError("no class")
+
+    def __str__(self) -> str:
+        raise ValueError("no text")
 
 
 class Silent(Exception):
@@ -109,6 +136,11 @@ ODD = {
     "no text": (NoText, "NoText", "<NoText whose text cannot be shown>"),
     "leaves": (Leaves, "Leaves", "<Leaves whose text cannot be shown>"),
     "hidden": (lambda: Hidden("seen"), "Hidden", "seen"),
+    "hidden RuntimeError": (
+        HiddenRuntimeError,
+        "HiddenRuntimeError",
+        "<HiddenRuntimeError whose text cannot be shown>",
+    ),
     "silent": (lambda: Silent("said"), "Silent", "said"),
     "unlike": (lambda: Unlike("any"), "Unlike", "any"),
     "odd text": (OddText, "OddText", "odd text"),
@@ -121,14 +153,19 @@ ODD = {
     "fatal": (lambda: Fatal(5), "Fatal", "5"),  # type: ignore[arg-type]
 }
 
+
+def odd_of(name: str) -> BaseException:
+    found: BaseException = ODD[name][0]()
+    return found
+
+
 calls: list[str] = []
 
 
 @step
 def body(ctx: StepContext) -> None:
     calls.append(ctx.step)
-    error = ODD[ctx.input][0]()
-    raise error
+    raise odd_of(ctx.input)
 
 
 @step(name="tx", transactional=True)
@@ -137,10 +174,62 @@ def in_a_transaction(ctx: StepContext) -> None:
     body.function(ctx)
 
 
+@plan("function")
+def function(run: RunContext) -> None:
+    raise odd_of(run.input)
+
+
+@plan("async_function")
+async def async_function(run: RunContext) -> None:
+    raise odd_of(run.input)
+
+
+@plan("of_steps")
+def of_steps(run: RunContext) -> None:
+    run.step(body)
+
+
+@plan("of_branches")
+async def of_branches(run: RunContext) -> None:
+    await asyncio.gather(run.step(body), run.step(body))
+
+
+@plan("passes")
+def passes(run: RunContext) -> None:
+    try:
+        run.step(body)
+    except StepFailed as failed:
+        raise odd_of(run.input) from failed
+
+
+@step
+def undoes(ctx: StepContext, undone: Undone) -> None:
+    raise odd_of(ctx.input)
+
+
+@step(undo=undoes)
+def done(ctx: StepContext) -> None: ...
+
+
+def inputs(ctx: Any) -> Any:
+    raise odd_of(ctx.input)
+
+
+PLANS = [
+    function,
+    async_function,
+    of_steps,
+    of_branches,
+    passes,
+    Plan("undone", [done, body]),
+    Plan("starts", [child("one", function, input=inputs)]),
+]
+
+
 @pytest.fixture
 def beatless_plans() -> list[Plan]:
     calls.clear()
-    return [Plan("p", [body]), Plan("tx", [in_a_transaction])]
+    return [Plan("p", [body]), Plan("tx", [in_a_transaction]), *PLANS]
 
 
 @pytest.mark.parametrize("plan", ["p", "tx"])
@@ -158,6 +247,34 @@ def test_an_exception_that_cannot_be_asked_has_failed_its_attempt_once(
             assert (found.error["type"], found.error["message"]) == ODD[odd][1:]
             assert "in body" in found.error["traceback"]
     beatless.verify()
+
+
+@pytest.mark.parametrize("plan", [each.name for each in PLANS])
+def test_a_run_fails_once_with_what_the_code_of_its_plan_has_raised(
+    beatless: Kit, plan: str
+) -> None:
+    runs = {odd: beatless.start_run(plan, odd).run_id for odd in ODD}
+    beatless.work_until_idle()
+    claims = set()
+    for odd, run_id in runs.items():
+        found = beatless.client.get_run(run_id)
+        claims.add(found.attempt)
+        assert (odd, found.state) == (odd, RunState.FAILED)
+        assert found.error is not None
+        assert (found.error["type"], found.error["message"]) == ODD[odd][1:]
+    assert len(claims) == 1
+    beatless.verify()
+
+
+def test_a_key_that_raises_refuses_its_start() -> None:
+    def key(odd: str) -> str:
+        raise odd_of(odd)
+
+    limit = Limit("odd", key=key, at_once=1)
+    for odd, (_, kind, message) in ODD.items():
+        with pytest.raises(BadPayload) as refused:
+            limit.key_of(odd)
+        assert str(refused.value).endswith(f"{kind}: {message}")
 
 
 def test_a_description_is_short_and_can_be_stored() -> None:
