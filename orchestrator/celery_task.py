@@ -103,11 +103,16 @@ def call_task(
     kwargs: Mapping[str, Any],
     *,
     timeout: float | None = None,
+    max_retries: int = 0,
 ) -> Any:
-    """Call the task as its worker would: by its class's `__call__`, with a request."""
+    """Call the task as its worker would: by its class's `__call__`, with a request.
+
+    Its `max_retries` is that of the step, with which tasks compare `request.retries`.
+    """
     real: Any = task.push_request.__self__  # type: ignore[attr-defined]  # behind Celery's proxies
     kind = type(real)
-    found: Any = object.__new__(type(kind.__name__, (TaskInStep, kind), {"__slots__": ()}))
+    members = {"__slots__": (), "max_retries": max_retries}
+    found: Any = object.__new__(type(kind.__name__, (TaskInStep, kind), members))
     found.__dict__ = real.__dict__
     found._context, found._entered = context, False
     found._last_state, found._next_state = None, 0.0

@@ -469,7 +469,8 @@ class Plan:
                     args = given
                 case _:
                     args = [given]
-            return call_task(task, ctx, args, kwargs, timeout=timeout)
+            retries = found.retry.max_attempts - 1
+            return call_task(task, ctx, args, kwargs, timeout=timeout, max_retries=retries)
 
         found = step(name=label, **options)(call)
         return replace(found, outcomes=outcomes_of(task.run))

@@ -11,6 +11,7 @@ from celery.exceptions import Retry
 
 from beatless.orchestrator.errors import Fatal
 from beatless.orchestrator.plan import Plan
+from beatless.orchestrator.retry import retry
 
 celery = Celery("others", set_as_current=False)
 """Without a broker: whatever was sent would raise another error than the expected one."""
@@ -89,6 +90,19 @@ def test_the_request_of_a_task_is_that_of_its_step():
     assert (request.task, request.timelimit) == ("shop.tasks.asks", [30, 30])
     assert (request.is_eager, request.chord, request.chain, request.group) == (False,) + (None,) * 3
     assert Plan.task(asks)(Given([1, 2])).args == [1, 2]
+
+
+def test_the_last_attempt_of_a_step_is_that_of_its_task():
+    """By which tasks tell an operator, or give up, before they ask for another."""
+
+    @celery.task(shared=False, bind=True, max_retries=9, name="shop.tasks.gives_up")
+    def gives_up(self):
+        return self.request.retries == self.max_retries, current_task.max_retries
+
+    tried = Plan.task(gives_up, retry=retry(max_attempts=3))
+    assert [tried(Given(attempt=n)) for n in (1, 2, 3)] == [(False, 2), (False, 2), (True, 2)]
+    assert Plan.task(gives_up)(Given()) == (True, 0)
+    assert gives_up.max_retries == 9
 
 
 def test_the_request_ends_with_the_step():
