@@ -16,6 +16,12 @@ UNKNOWN_MEMBER = ("unexpected_keyword_argument", "extra_forbidden")
 NO_MEMBER = "the plan's type of input has no such member"
 
 
+STARS = (
+    "pydantic writes stars in its place; give JSON, or declare a str, which App(redact=…) hides "
+    "wherever runs are shown"
+)
+
+
 class TypedInput(Protocol):
     """A type of input: a dataclass, a TypedDict, a model of pydantic, a Struct of msgspec."""
 
@@ -88,7 +94,13 @@ class PydanticInput:
         checked = self._checked(self._given, value)
         if isinstance(value, dict | list | str | int | float | None):
             return value
-        return self._given.dump_python(checked, mode="json")
+        path = _secret(self._given.dump_python(checked, round_trip=True))
+        if path is not None:
+            raise BadPayload(f"{self._where}{path}", f"is refused: {STARS}")
+        # By the names and without the members that are computed, as `load` takes it.
+        told = self._given.dump_python(checked, mode="json", by_alias=True, round_trip=True)
+        self._checked(self._given, told)
+        return told
 
     def filled(self, stored: Any, loaded: Any) -> Any:
         from pydantic_core import PydanticSerializationError
@@ -190,6 +202,21 @@ class MsgspecInput:
             return self._msgspec.to_builtins(loaded, str_keys=True)
         except (TypeError, ValueError):  # a default that is no JSON: there is nothing to add
             return None
+
+
+def _secret(value: Any) -> str | None:
+    """The path of a secret of pydantic's in a value; None if it has none."""
+    if hasattr(value, "get_secret_value"):
+        return ""
+    match value:
+        case dict():
+            parts = [(f".{name}", each) for name, each in value.items()]
+        case list() | tuple() | set() | frozenset():
+            parts = [(f"[{index}]", each) for index, each in enumerate(value)]
+        case _:
+            return None
+    found = (f"{path}{below}" for path, each in parts if (below := _secret(each)) is not None)
+    return next(found, None)
 
 
 def _refers(schema: Any, name: str) -> bool:

@@ -6,7 +6,7 @@ from decimal import Decimal
 from typing import Any, ClassVar
 
 import pytest
-from pydantic import BaseModel, ConfigDict, Field, SecretStr
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, computed_field
 from typing_extensions import TypedDict
 
 from beatless import BadPayload
@@ -74,6 +74,42 @@ def test_a_stored_input_has_members_that_the_type_had_once() -> None:
 
 def test_a_value_of_the_type_becomes_the_json_of_its_members() -> None:
     assert typed_input(Order).dump(Order([Line(1)])) == {"lines": [{"number": 1}]}
+
+
+class Renamed(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    number: int = Field(alias="orderNumber")
+    lines: list[Line] = Field(validation_alias="orderLines", serialization_alias="orderLines")
+
+    @computed_field
+    def count(self) -> int:
+        return len(self.lines)
+
+
+def test_a_value_of_the_type_becomes_json_that_its_type_takes() -> None:
+    given = Renamed(orderNumber=7, orderLines=[Line(1)])
+    stored = typed_input(Renamed).dump(given)
+    assert stored == {"orderNumber": 7, "orderLines": [{"number": 1}]}
+    assert typed_input(Renamed).load(stored) == given
+
+
+class OneWay(BaseModel):
+    number: int = Field(validation_alias="in", serialization_alias="out")
+
+
+class Card(BaseModel):
+    holders: dict[str, list[SecretStr]]
+
+
+def test_a_value_that_its_type_would_not_read_back_is_refused() -> None:
+    with pytest.raises(BadPayload, match=r"the run's input.in is refused: Field required"):
+        typed_input(OneWay).dump(OneWay(**{"in": 1}))
+    card = Card(holders={"ann": ["1", "2"]})
+    with pytest.raises(BadPayload, match=r"holders\.ann\[0\] is refused: pydantic writes stars"):
+        typed_input(Card).dump(card)
+    with pytest.raises(BadPayload, match=r"the run's input is refused: pydantic writes stars"):
+        typed_input(SecretStr).dump(SecretStr("a"))
+    assert typed_input(Card).dump({"holders": {}}) == {"holders": {}}
 
 
 def test_the_schema_says_that_there_are_no_other_members() -> None:
