@@ -94,8 +94,10 @@ Received = Signal | Approval
 
 
 def received_of(members: Mapping[str, Any]) -> Received:
-    """A signal, or an approval, from its JSON object."""
-    return Approval.from_dict(members) if "by" in members else Signal(**members)
+    """A signal, or an approval, from its JSON object. Members of newer versions are ignored."""
+    kind = Approval if "by" in members else Signal
+    known = {each.name: members[each.name] for each in fields(kind) if each.name in members}
+    return Approval.from_dict(known) if kind is Approval else Signal(**known)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,6 +14,7 @@ from beatless.cli import run as run_command
 from beatless.doctor import Doctor
 from beatless.flower import FleetState
 from beatless.orchestrator.events import Event
+from beatless.orchestrator.open_waits import received_of
 from beatless.orchestrator.state import FINAL, RunState, allowed
 from beatless.system import look
 from beatless.testing import Kit
@@ -152,6 +153,15 @@ def test_an_end_that_is_not_known_is_shown(
     )
     look_everywhere(beatless, run.run_id, monkeypatch)
     assert [e.type for e in beatless.client.stream_run(run.run_id, timeout=60)][-1] == "RunFinished"
+
+
+@pytest.mark.parametrize("more", [{}, {"by": "ann@example.com", "at": 1}])
+def test_a_signal_that_a_retry_takes_over_is_read_without_members_that_are_not_known(
+    more: dict[str, object],
+) -> None:
+    stored = {"name": "paid", "data": 12, "seq": 7} | more
+    assert received_of(stored | {"channel": "mail"}) == received_of(stored)
+    assert received_of(stored).to_dict() == stored
 
 
 def test_flower_shows_what_it_does_not_know() -> None:
