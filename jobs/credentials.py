@@ -29,7 +29,7 @@ def from_command(command: str) -> Password:
             raise PasswordUnavailable(reason) from error
         except (OSError, subprocess.TimeoutExpired) as error:
             raise PasswordUnavailable(f"{words[0]} could not be run: {error}") from error
-        password = done.stdout.rstrip("\r\n")
+        password = done.stdout.partition("\n")[0].rstrip("\r")
         if not password:
             raise PasswordUnavailable(f"{words[0]} printed nothing")
         return password

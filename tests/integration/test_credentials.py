@@ -154,6 +154,11 @@ def test_a_command_that_gives_no_password_says_why(command: str, reason: str) ->
         from_command(command)()
 
 
+@pytest.mark.parametrize("printed", ["secret", "secret\\n", "secret\\r\\nuntil noon\\n"])
+def test_the_password_is_the_first_line_that_the_command_prints(printed: str) -> None:
+    assert from_command(f"printf '{printed}'")() == "secret"
+
+
 def test_commands_come_from_the_environment_and_functions_do_not() -> None:
     urls = {"BEATLESS_DATABASE_URL": "postgresql://db/app", "BEATLESS_REDIS_URL": "redis://r"}
     given = {f"BEATLESS_{name.upper()}_PASSWORD_COMMAND": "printf 's ecret'" for name in COMMANDS}
