@@ -1,11 +1,12 @@
 """`App(redact=…)`: what it hides is shown nowhere, and stays as it is where it is stored."""
 
+import inspect
 import json
 import logging
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from starlette.testclient import TestClient
@@ -13,8 +14,10 @@ from starlette.testclient import TestClient
 from beatless import (
     App,
     ChildFailed,
+    Client,
     Fatal,
     Plan,
+    Run,
     RunContext,
     RunState,
     Schedule,
@@ -26,8 +29,13 @@ from beatless import (
 )
 from beatless.api import create_api
 from beatless.cli import run as command
+from beatless.client.pages import ApprovalPage, NumberedRunPage, RunPage, SchedulePage
 from beatless.observe.logs import Format, configure
-from beatless.redaction import FAILED, Redaction
+from beatless.orchestrator.events import Event, EventText
+from beatless.orchestrator.open_waits import OpenWait
+from beatless.orchestrator.schedule import StoredSchedule
+from beatless.redaction import FAILED, Redaction, ShownClient
+from beatless.streams.tailed import TailedEvent
 from beatless.testing import Kit
 
 SECRET = "4111-1111"
@@ -223,6 +231,31 @@ def test_the_question_of_an_approval_shows_none_of_it(
     assert kit.client.get_run(run_id).state is RunState.COMPLETED
     assert [each for each in said if SECRET in each] == []
     assert [said.index(each) for each in said if "charge hidden title?" not in each] == []
+
+
+CARRIERS = {Run, Event, EventText, TailedEvent, OpenWait, StoredSchedule}
+CARRIERS |= {RunPage, NumberedRunPage, ApprovalPage, SchedulePage}
+
+BY_ANOTHER_CALL = {"start_run": "start_runs", "wait_for_run": "get_run"}
+"""Calls of a client that get what they give by another one of it."""
+
+
+def test_each_call_of_a_client_whose_result_has_values_is_redacted_for_displays() -> None:
+    def carries(kind: Any) -> bool:
+        return kind in CARRIERS or any(map(carries, get_args(kind)))
+
+    calls = dict(inspect.getmembers(Client, inspect.isfunction))
+    carrying = {
+        name
+        for name, call in calls.items()
+        if name[0] != "_" and carries(inspect.signature(call).return_annotation)
+    }
+    asynchronous = {name for name in carrying if inspect.iscoroutinefunction(calls[name])}
+    assert {name[1:] for name in asynchronous} <= carrying
+    assert len(carrying) > 30
+    for name, other in BY_ANOTHER_CALL.items():
+        assert f"self.{other}(" in inspect.getsource(calls[name])
+    assert carrying - asynchronous - vars(ShownClient).keys() == BY_ANOTHER_CALL.keys()
 
 
 @pytest.mark.parametrize(("shown", "told"), [(None, None), (7, "7"), (["a"], "['a']")])
