@@ -117,7 +117,7 @@ WITH u AS (
   -- A `resume` that came meanwhile has rung before this row could be seen.
   RETURNING {doorbell}
 )
-SELECT {claimed_columns}, begun, {times_doorbell} FROM u AS r
+SELECT {claimed_columns}, begun, {claim_doorbell} FROM u AS r
 
 -- name: claim_further
 -- Take the leases of further runs, of the queue of the run that this transaction has claimed.

@@ -56,10 +56,17 @@ class Ring(IntEnum):
 
     NOTHING = 0
     EVENTS = 1
-    TIMES = 2
+    CLAIM = 2
+    """As TIMES: of a run that was claimed, and may soon have more."""
+    TIMES = 3
     """Events, and other due times of dispatches of which none is due."""
-    ALL = 3
+    ALL = 4
     """Anything. So do writers of an older version ring, and whoever is no writer."""
+
+    def beside(self, other: "Ring") -> "Ring":
+        """What both are for: a claim beside anything else is not waited behind."""
+        most = max(self, other)
+        return Ring.TIMES if most is Ring.CLAIM and Ring.EVENTS in (self, other) else most
 
     @classmethod
     def of(cls, message: str) -> "Ring":
@@ -67,7 +74,8 @@ class Ring(IntEnum):
         _, _, word = message.partition(" ")
         if message == SCHEDULES_CHANGED:
             return cls.TIMES
-        return {"events": cls.EVENTS, "times": cls.TIMES}.get(word, cls.ALL)
+        words = {"events": cls.EVENTS, "claim": cls.CLAIM, "times": cls.TIMES}
+        return words.get(word, cls.ALL)
 
 
 class Sessions:
@@ -191,7 +199,7 @@ class Sessions:
             self._on_message(payload)
             return
         self.schedules_changed |= payload == SCHEDULES_CHANGED
-        self.rung = max(self.rung, Ring.of(payload))
+        self.rung = self.rung.beside(Ring.of(payload))
 
     def doze(self, shards: Sequence[int]) -> None:
         """AWAKE to DROWSY: ask for the bell locks without waiting for them."""

@@ -7,10 +7,12 @@ from typing import Any
 
 import psycopg
 
+from beatless.outbox.async_publisher import Batch
 from beatless.outbox.breaker import CircuitBreaker
 from beatless.outbox.config import RelayConfig
 from beatless.outbox.due_schedules import DueSchedules
 from beatless.outbox.event_lane import EventLane
+from beatless.outbox.message import PickedEvents
 from beatless.outbox.observer import Drained
 from beatless.outbox.overdue import OverdueRuns
 from beatless.outbox.pending import prepare_anew
@@ -30,7 +32,8 @@ class Drain:
     3. remember both as published; nothing is deleted that a publisher has not accepted
 
     The round trip is one transaction. If a row makes it fail, each row is tried alone: the run of
-    the one that fails is set aside, and the others go on.
+    the one that fails is set aside, and the others go on. With nothing to delete, the tasks are
+    sent on their way before the events are selected.
     """
 
     def __init__(
@@ -103,28 +106,39 @@ class Drain:
         sent = list(tasks.collect(shards, now))
         tasks.abandon_stalled()
         self._quarantine.release_due()
-        alone = only_events and not look_ahead and self._is_all_forgotten
+        rows: psycopg.Cursor[Any] | None
+        batch, deleted, ahead = Batch(messages=()), None, None
+        apart = self._is_all_forgotten and not look_ahead
         try:
-            with nullcontext() if alone else self._connection.pipeline():
-                deleted = events.forget()
-                marked = tasks.forget(now)
-                still_held = tasks.find_held(now)
-                # After the marks, without which what was sent is due. Before the pick: a row that
-                # becomes due in between is in one of the two.
-                ahead = self._look_ahead(shards) if look_ahead else None
+            if apart:
+                # Two statements cost no more than a pipeline of two, and the tasks are on their way
+                # while Postgres makes the events.
+                tasks.note_forgotten(())
+                if not only_events:
+                    batch = self._hand_over(tasks.pick(shards, run_id, now), None, (), shards, now)
                 rows = events.pick(shards, run_id)
-                dispatches = None if only_events else tasks.pick(shards, run_id, now)
+            else:
+                with self._connection.pipeline():
+                    deleted = events.forget()
+                    marked = tasks.forget(now)
+                    still_held = tasks.find_held(now)
+                    # After the marks, without which what was sent is due. Before the pick: a row
+                    # that becomes due in between is in one of the two.
+                    ahead = self._look_ahead(shards) if look_ahead else None
+                    rows = events.pick(shards, run_id)
+                    dispatches = None if only_events else tasks.pick(shards, run_id, now)
         except psycopg.Error as error:
             self._isolate(error, shards, run_id, now)
             return len(sent)
         self.next_due_s = self._earliest(ahead, shards)
         events.note_forgotten(deleted)
-        tasks.note_forgotten(marked)
+        if not apart:
+            tasks.note_forgotten(marked)
         picked = events.fetch(rows, run_id)
-        batch = tasks.fetch(dispatches, still_held, shards, now)
-        if picked or batch.messages:
+        if not apart:
+            batch = self._hand_over(dispatches, still_held, picked, shards, now)
+        elif picked and not batch.messages:
             self._faults.reach("relay.after_claim")
-        tasks.publish(batch)
         published = events.publish(picked)
         if batch:
             sent += tasks.collect_soon(shards, now)
@@ -138,6 +152,21 @@ class Drain:
             complete = events.note_pass(picked)
             self.complete = complete and not (tasks.crowded or tasks.full or tasks.rows_held)
         return published + len(sent)
+
+    def _hand_over(
+        self,
+        dispatches: psycopg.Cursor[Any] | None,
+        still_held: psycopg.Cursor[Any] | None,
+        picked: Sequence[PickedEvents],
+        shards: Sequence[int],
+        now: datetime | None,
+    ) -> Batch:
+        """Let the dispatches of a pick be published; those of them that are."""
+        batch = self.tasks.fetch(dispatches, still_held, shards, now)
+        if picked or batch.messages:
+            self._faults.reach("relay.after_claim")
+        self.tasks.publish(batch)
+        return batch
 
     def conclude(self, shards: Sequence[int], *, look_ahead: bool) -> bool:
         """Delete and mark what the last step has published; False if another step is needed.
@@ -162,10 +191,7 @@ class Drain:
 
     @property
     def _is_all_forgotten(self) -> bool:
-        """Whether the next step has nothing to delete or to mark, and nothing is held.
-
-        Its pick is then one statement, and without a pipeline costs half of one.
-        """
+        """Whether the next step has nothing to delete or to mark, and nothing is held."""
         return self.events.is_all_forgotten and self.tasks.is_all_forgotten
 
     @property

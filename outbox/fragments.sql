@@ -50,9 +50,9 @@ CASE WHEN {asleep} THEN pg_notify('beatless_{schema}', (%(shard)s)::text || ' ev
 -- `events_doorbell`, for rows with a column `shard`.
 CASE WHEN {each_asleep} THEN pg_notify('beatless_{schema}', shard::text || ' events') END
 
--- fragment: times_doorbell
--- `doorbell`, where a dispatch has another due time, and none is due.
-CASE WHEN {asleep} THEN pg_notify('beatless_{schema}', (%(shard)s)::text || ' times') END
+-- fragment: claim_doorbell
+-- `doorbell`, where a run was claimed: its dispatch has another due time, and none is due.
+CASE WHEN {asleep} THEN pg_notify('beatless_{schema}', (%(shard)s)::text || ' claim') END
 
 -- fragment: origin
 -- The history of this schema, told from every other: 16 hexadecimal digits at most.

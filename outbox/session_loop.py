@@ -253,19 +253,22 @@ class SessionLoop:
 
         So one look is enough that has found all. A step or a trace has moved no dispatch: neither
         these nor their due times are looked at then. A claim makes room in a window, which matters
-        only while dispatches are left.
+        only while dispatches are left. The step that it has begun may end soon: one look for both.
         """
+        if ring is Ring.CLAIM:
+            self._alarm.quiet()  # of the batch that was just collected
+            self._wait(self._config.linger)
+            # Forgotten before the look: what rings while it looks is to be answered, too.
+            ring, self.sessions.rung = ring.beside(self.sessions.rung), Ring.NOTHING
         shards, look_ahead = self.shards.owned, ring is not Ring.EVENTS
         moved = self.drain.step(shards, only_events=ring is not Ring.ALL)
         if moved > BUSY_MESSAGES:
             return moved
         if not self.drain.complete:
             return moved + self._drain_all()
-        if ring is Ring.TIMES and not self.sessions.rung:
-            self._wait(self._config.linger)  # a claim, whose step may end soon
         if self.sessions.rung and ring is not Ring.ALL:
             # The look that follows deletes what this one has published.
-            self.sessions.rung = max(self.sessions.rung, ring)
+            self.sessions.rung = ring.beside(self.sessions.rung)
             return moved
         if not self.drain.conclude(shards, look_ahead=look_ahead):
             return moved + self._drain_all()

@@ -58,13 +58,24 @@ class Asleep:
         until(lambda: self.loop.sessions.rung or self.loop.sessions.wait(1.0))
         self.loop.sessions.work.execute("SELECT 1")  # all that were sent until now are heard
 
+    def at_next_wait(self, act: Callable[[], object]) -> None:
+        """Do this while the relay waits the next time, which ends as the ring of it comes."""
+        loop, wait = self.loop, self.loop._wait
+
+        def met(_seconds: float) -> None:
+            loop._wait = wait  # type: ignore[method-assign]
+            act()
+            self.await_ring()
+
+        loop._wait = met  # type: ignore[method-assign]
+
     def answer(self) -> list[str]:
         """Be rung once; the tables that its statements are about, in their order."""
         self.await_ring()
         begin = len(self._said)
         self.loop._sleep()
         assert self.loop.sessions.state is State.ASLEEP
-        return [kind_of(text) for text in self._said[begin:]]
+        return [kind_of(text) for text in self._said[begin:] if text != "SELECT 1"]
 
 
 KINDS = {
@@ -127,7 +138,7 @@ def test_each_commit_of_a_run_costs_a_sleeping_relay_what_it_needs(
     beatless.start_run("job")  # the first one asks for the history, too
     asleep.answer()
     run = beatless.start_run("job")
-    assert asleep.answer() == ["pick events", "pick tasks", "forget", "mark", "look ahead"]
+    assert asleep.answer() == ["pick tasks", "pick events", "forget", "mark", "look ahead"]
     lease = claimed(beatless_app, run.run_id)
     assert asleep.answer() == ["pick events", "forget", "look ahead"]
     traced(beatless_app, lease)
@@ -140,29 +151,79 @@ def test_each_commit_of_a_run_costs_a_sleeping_relay_what_it_needs(
     assert pending(postgres) == 0
 
 
-def test_the_end_that_follows_a_claim_soon_deletes_for_both(
-    beatless: Kit,
-    beatless_app: App,
-    asleep: Asleep,
-    postgres: psycopg.Connection,
-    monkeypatch: pytest.MonkeyPatch,
+def test_the_message_of_a_start_is_on_its_way_before_its_events_are_selected(
+    beatless: Kit, asleep: Asleep, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is awaited for a moment: here until it has rung, as it does while the relay waits."""
-    run = beatless.start_run("job")
+    events, tasks = asleep.loop.drain.events, asleep.loop.drain.tasks
+    pick, on_their_way = events.pick, list[bool]()
+
+    def noting_pick(*arguments: Any) -> Any:
+        on_their_way.append(tasks.in_flight)
+        return pick(*arguments)
+
+    monkeypatch.setattr(events, "pick", noting_pick)
+    beatless.start_run("job")
     asleep.answer()
-    lease = claimed(beatless_app, run.run_id)
-    wait = asleep.loop._wait
+    assert on_their_way == [True]
 
-    def met(_seconds: float) -> None:
-        monkeypatch.setattr(asleep.loop, "_wait", wait)
-        traced(beatless_app, lease)
-        until(lambda: asleep.loop.sessions.rung or asleep.loop.sessions.wait(1.0))
 
-    monkeypatch.setattr(asleep.loop, "_wait", met)
-    assert asleep.answer() == ["pick events"]
-    assert pending(postgres) == 2
-    assert asleep.answer() == ["forget", "pick events", "forget", "look ahead"]
-    assert pending(postgres) == 0
+class TestAClaimIsFollowed:
+    """The step that it has begun may end soon, so the relay waits a moment before it looks."""
+
+    @pytest.fixture
+    def lease(self, beatless: Kit, beatless_app: App, asleep: Asleep) -> Lease:
+        run = beatless.start_run("job")
+        asleep.answer()
+        return claimed(beatless_app, run.run_id)
+
+    def test_what_rings_in_that_moment_is_in_the_same_look(
+        self, beatless_app: App, asleep: Asleep, lease: Lease, postgres: psycopg.Connection
+    ) -> None:
+        """A run of one step takes its relay eight statements; it was eleven."""
+        asleep.at_next_wait(lambda: traced(beatless_app, lease))
+        assert asleep.answer() == ["pick events", "forget", "look ahead"]
+        traces = "SELECT count(*) FROM run_events WHERE type = 'DebugTrace'"
+        assert postgres.execute(traces).fetchone() == (1,)
+        assert pending(postgres) == 0
+        assert not asleep.loop.sessions.rung
+
+    def test_what_rings_while_it_looks_is_answered_by_itself(
+        self,
+        beatless_app: App,
+        asleep: Asleep,
+        lease: Lease,
+        postgres: psycopg.Connection,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        step = asleep.loop.drain.step
+
+        def look_and_be_rung(*arguments: Any, **options: Any) -> int:
+            monkeypatch.setattr(asleep.loop.drain, "step", step)
+            moved = step(*arguments, **options)
+            traced(beatless_app, lease)
+            asleep.await_ring()
+            return moved
+
+        monkeypatch.setattr(asleep.loop.drain, "step", look_and_be_rung)
+        assert asleep.answer() == ["pick events"]
+        assert pending(postgres) == 2
+        assert asleep.answer() == ["forget", "pick events", "forget", "look ahead"]
+        assert pending(postgres) == 0
+
+    def test_a_run_that_is_started_meanwhile_is_sent_at_once(
+        self, beatless: Kit, asleep: Asleep, lease: Lease, postgres: psycopg.Connection
+    ) -> None:
+        asleep.at_next_wait(lambda: beatless.start_run("job"))
+        assert "pick tasks" in asleep.answer()
+        assert sent(postgres) == 1
+
+    def test_nothing_else_is_waited_behind(self) -> None:
+        """Of a claim and a trace the due times are read all the same."""
+        assert Ring.NOTHING.beside(Ring.CLAIM) is Ring.CLAIM.beside(Ring.CLAIM) is Ring.CLAIM
+        for other in (Ring.EVENTS, Ring.TIMES):
+            assert Ring.CLAIM.beside(other) is other.beside(Ring.CLAIM) is Ring.TIMES
+        assert Ring.CLAIM.beside(Ring.ALL) is Ring.ALL.beside(Ring.CLAIM) is Ring.ALL
+        assert Ring.EVENTS.beside(Ring.NOTHING) is Ring.EVENTS
 
 
 class TestOneLookIsEnough:
@@ -324,6 +385,7 @@ def test_a_ring_that_does_not_say_what_it_is_for_is_for_all(message: str) -> Non
     assert Ring.of(message) is Ring.ALL
     assert Ring.of("7 events") is Ring.EVENTS
     assert Ring.of("7 times") is Ring.TIMES
+    assert Ring.of("7 claim") is Ring.CLAIM
 
 
 def test_a_relay_that_finds_nothing_looks_ever_more_rarely(
