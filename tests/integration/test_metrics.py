@@ -67,6 +67,7 @@ def test_after_a_start_of_postgres_workers_that_have_not_told_are_not_known(
     beatless: Kit, beatless_app: App, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """However long ago that was."""
+    monkeypatch.setattr("beatless.observe.gauges.TIMEOUT_S", 60.0)
     for queue in ("mail", "slow"):
         beatless.start_run("two_steps", queue=queue)
     with beatless_app.engine.begin() as connection:
