@@ -158,7 +158,6 @@ class Leases:
             __file__,
             schema,
             lock_timeout_ms=round(LOCK_TIMEOUT_S * 1000),
-            next_lock_timeout_ms=round(NEXT_LOCK_TIMEOUT_S * 1000),
             looked_at=LOOKED_AT,
             looked_back=LOOKED_BACK,
             run_options=OPTION_SQL["run_options"],
@@ -252,7 +251,9 @@ class Leases:
         None is claimed while a message has waited for `MOMENT_S` for a worker of that queue: what
         was sent just now is due again after `redispatch_s`.
         """
-        connection.execute(self.sql["fence_behind_end"])
+        connection.execute(
+            self.sql["fence_behind_end"], {"milliseconds": f"{NEXT_LOCK_TIMEOUT_S * 1000:.0f}"}
+        )
         claimed = connection.execute(
             self.sql["claim_next"],
             {

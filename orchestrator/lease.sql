@@ -9,9 +9,10 @@ SELECT pg_advisory_xact_lock_shared({claim_fence}::int4, 0),
        set_config('lock_timeout', '{lock_timeout_ms}', true)
 
 -- name: fence_behind_end
--- The same in a transaction that has ended a run, whose row and slots are wanted by others.
+-- The same in a transaction that has ended a run, whose row and slots others want: waits so many
+-- milliseconds for a lock.
 SELECT pg_advisory_xact_lock_shared({claim_fence}::int4, 0),
-       set_config('lock_timeout', '{next_lock_timeout_ms}', true)
+       set_config('lock_timeout', %(milliseconds)s, true)
 
 -- name: limit_lock_wait
 -- Wait for no lock for long, in this transaction.

@@ -70,8 +70,9 @@ class Worker:
 
 @pytest.fixture
 def worker(beatless: Kit, monkeypatch: pytest.MonkeyPatch) -> Iterator[Worker]:
-    """Time is no reason to stop."""
+    """Time is no reason to stop, nor is a lock that somebody else has for a moment."""
     monkeypatch.setattr(groups, "GOES_ON_S", 600.0)
+    monkeypatch.setattr(leases, "NEXT_LOCK_TIMEOUT_S", 600.0)
     BODIES.clear()
     ACTS.clear()
     found = Worker(beatless)
@@ -245,9 +246,14 @@ def test_a_worker_goes_on_for_some_time_only(
 
 
 def test_a_claim_that_would_wait_for_another_is_left_out_and_the_end_is_not(
-    beatless: Kit, beatless_app: App, worker: Worker, postgres: psycopg.Connection
+    beatless: Kit,
+    beatless_app: App,
+    worker: Worker,
+    postgres: psycopg.Connection,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The only place beside its own that is free seems so: another claim has not committed."""
+    """The place that is tried first seems free: another claim has not committed."""
+    monkeypatch.setattr(leases, "NEXT_LOCK_TIMEOUT_S", 0.05)
     beatless.start_run("two")
     ((limit_id,),) = postgres.execute("SELECT limit_id FROM dispatches").fetchall()
     beatless.work_until_idle()

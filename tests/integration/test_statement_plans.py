@@ -58,7 +58,6 @@ VALUES: dict[str, float | str] = {
     "looked_back": 2000,
     "rest_s": 3600,
     "names": 5,
-    "next_lock_timeout_ms": 50,
     "most_counted": 1000,
     "near_runs": 10_000,
     "never": "9999-01-01Z",
