@@ -16,6 +16,7 @@ from beatless.orchestrator.errors import Fatal
 from beatless.orchestrator.loop_thread import LoopThread
 from beatless.orchestrator.plan import Step
 from beatless.orchestrator.watchdog import Attempt
+from beatless.outbox.clock import monotonic
 
 
 def call_body(
@@ -25,7 +26,24 @@ def call_body(
     loop: LoopThread,
     wait: Callable[[Future[Any]], Any],
 ) -> Any:
-    """Call a body in this thread, or in the loop if it is async: `wait` returns its result."""
+    """Call a body in this thread, or in the loop if it is async: `wait` returns its result.
+
+    The attempt is told how long it took.
+    """
+    began = monotonic()
+    try:
+        return _called(step, context, attempt, loop, wait)
+    finally:
+        attempt.taken_s = monotonic() - began
+
+
+def _called(
+    step: Step,
+    context: StepContext,
+    attempt: Attempt,
+    loop: LoopThread,
+    wait: Callable[[Future[Any]], Any],
+) -> Any:
     if not isinstance(context, AsyncStepContext):
         value = in_one_process(step, context)
         if inspect.iscoroutine(value):

@@ -502,10 +502,13 @@ class RunDriver:
         attempt = self._limited(request)
         output = self._writer.open(attempt, request.occurrence, request.attempt)
         context = self._context(request, traceparent, transaction, attempt, output)
-        began = monotonic() - self._writer.asked_s
+        taken_s, asked_s = 0.0, self._writer.asked_s
         try:
             self._bodies.note_attempt(request.occurrence, attempt)
-            value = self._executor.call(request.step, context, attempt)
+            try:
+                value = self._executor.call(request.step, context, attempt)
+            finally:
+                taken_s = max(0.0, attempt.taken_s - (self._writer.asked_s - asked_s))
             check_transaction(request.step, transaction)
             self._stored(output, output.finish)
             return request.conclude(value)
@@ -527,7 +530,6 @@ class RunDriver:
             self._bodies.forget_attempt(request.occurrence)
             if not self._writer.close_now(attempt):
                 self._executor.aside(partial(self._writer.close, attempt))
-            taken_s = monotonic() - self._writer.asked_s - began
             self._executor.body_s += taken_s
             self._executor.pace.note(self._plan, request.step, taken_s)
 

@@ -50,6 +50,12 @@ BACKLOG_S = 0.1
 BUSY_S = 0.2
 """Seconds of one turn after which the other runs are handed back."""
 
+GROUPS_AT_ONCE = 4
+"""Groups of very short bodies that the threads of a process execute at once."""
+
+VERY_SHORT_S = 0.001
+"""Seconds below which a body has no time to wait for anything."""
+
 CHECK_INTERVAL_S = 0.025
 """Seconds between two checks for turns that last."""
 
@@ -114,12 +120,17 @@ class Group:
         members: Sequence[Member],
         *,
         own_work: Callable[[], AbstractContextManager[None]] = nullcontext,
+        on_long: Callable[[], None] = lambda: None,
     ) -> None:
-        """`own_work` is around what is done for all runs without calling a body."""
+        """`own_work` is around what is done for all runs without calling a body.
+
+        `on_long` is called when one of them goes on alone, perhaps for long.
+        """
         self._executor = executor
         self._statement = statement
         self._members = list(members)
         self._own_work = own_work
+        self._on_long = on_long
         self._lock = threading.Lock()
         self._acting: Member | None = None
         self._relieve_at = 0.0
@@ -145,15 +156,20 @@ class Group:
         if self._error is not None:
             raise self._error
 
-    def relieve(self, connect: Callable[[], Connection]) -> None:
+    def relieve(self, connect: Callable[[], Connection], *, held_up_s: float = 0.0) -> None:
         """Hand back the other runs if a turn lasts; called in another thread.
 
-        A run that cannot be written at once stays, and is tried again a little later.
+        It does not last for as long as the process was held up, since the last call: others wait
+        for the interpreter, or the processor, and it is no body that takes so long. A run that
+        cannot be written at once stays, and is tried again a little later.
         """
+        self._relieve_at += held_up_s
         if monotonic() < self._relieve_at or not self._lock.acquire(blocking=False):
             return
         try:
             others = [each for each in self._members if each is not self._acting]
+            if self._acting is not None:
+                self._on_long()
             if self._acting is None or all(member.alone for member in others):
                 return
             self._relieve_at = monotonic() + RETRY_INTERVAL_S
@@ -181,16 +197,25 @@ class Group:
     def _act_alone(self) -> None:
         """No run can go on beside others: one does by itself.
 
-        First those whose statement was refused or in doubt. Then one whose step is long, or
-        unknown: the others of these are handed back. Then one whose row is held: it waits.
+        First those whose statement was refused or in doubt. Then one whose step is unknown. Then
+        one whose step is long: the others of these are handed back. Then one whose row is held: it
+        waits.
         """
         apart = [member for member in self._members if member.alone]
         if not apart:
             bodies = [member for member in self._members if isinstance(member.turn, RunBody)]
-            self._hand_back(bodies[1:], self._executor.connection)
-            apart = [*bodies, *self._members][:1]
+            unknown = [member for member in bodies if not self._is_known(member)]
+            if not unknown:
+                self._on_long()
+                self._hand_back(bodies[1:], self._executor.connection)
+            apart = [*unknown, *bodies, *self._members][:1]
         for member in apart:
             self._act(member, IN_DOUBT if member.in_doubt else None)
+
+    def _is_known(self, member: Member) -> bool:
+        """Whether its next turn is the body of a step that this process has seen."""
+        turn = member.turn
+        return isinstance(turn, RunBody) and self._executor.pace.is_known(member.plan, turn.step)
 
     def _hand_back(self, members: Sequence[Member], connection: Callable[[], Connection]) -> None:
         """Commit the boundaries that are ready, and then give the runs back."""
@@ -289,6 +314,38 @@ class Group:
             raise
 
 
+class Turnstile:
+    """Lets a few threads of a process execute groups of very short bodies at once, not all.
+
+    More would not execute more: they take the interpreter from one another, in the middle of what
+    others wait for. Threads whose bodies wait, for which a worker has many, do not come here.
+    """
+
+    def __init__(self) -> None:
+        self._free = threading.Semaphore(GROUPS_AT_ONCE)
+
+    @contextmanager
+    def passed(self, *, by: bool) -> Iterator[Callable[[], None]]:
+        """In this block this thread is one of them, unless it goes `by`.
+
+        It waits until it may. A call of what the block gets lets the next one in at once.
+        """
+        if by:
+            yield lambda: None
+            return
+        self._free.acquire()
+        inside = threading.Lock()
+
+        def leave() -> None:
+            if inside.acquire(blocking=False):
+                self._free.release()
+
+        try:
+            yield leave
+        finally:
+            leave()
+
+
 class GroupGuard:
     """A thread that looks after the groups of this process, and hands runs back that would wait.
 
@@ -335,13 +392,16 @@ class GroupGuard:
                 self._resting = True
                 self._changed.wait_for(lambda: self._groups or self._stopping)
                 self._resting = False
+                began = monotonic()
                 self._changed.wait_for(lambda: self._stopping, CHECK_INTERVAL_S)
                 if self._stopping:
                     return
                 groups = list(self._groups)
+            # With many threads that wait for the interpreter this one is late as they are.
+            held_up_s = max(0.0, monotonic() - began - CHECK_INTERVAL_S)
             for group in groups:
                 try:
-                    group.relieve(self._connect)
+                    group.relieve(self._connect, held_up_s=held_up_s)
                     thread.works()
                 except Exception as error:
                     thread.failed()
@@ -362,17 +422,19 @@ class GroupExecutor:
         *,
         max_runs: int,
         guard: GroupGuard,
+        turnstile: Turnstile,
         own_work: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         """`max_runs` is how many runs a group has at most, and `plans` may be in one.
 
-        `own_work` is as of `Group`.
+        `own_work` is as of `Group`. Guard and turnstile are those of the process.
         """
         self.executor = executor
         self.statement = GroupCommit(executor.journal.schema)
         self._plans = plans
         self._max_runs = max_runs
         self._guard = guard
+        self._turnstile = turnstile
         self._own_work = own_work
         self._lull_at = 0.0
         """When a message is taken for one that comes alone, by the monotonic clock."""
@@ -396,6 +458,29 @@ class GroupExecutor:
         first_steps = self._first_steps(plan)
         if plan.name not in first_steps:
             return executor.execute(plan, run_id, dispatch)
+        with self._turnstile.passed(
+            by=not (in_backlog and self._are_very_short(first_steps))
+        ) as leave:
+            return self._claim_and_work(
+                plan,
+                run_id,
+                dispatch,
+                first_steps=first_steps,
+                places=self._most_runs(first_steps) - 1 if in_backlog else 0,
+                leave=leave,
+            )
+
+    def _claim_and_work(
+        self,
+        plan: Plan,
+        run_id: str,
+        dispatch: int,
+        *,
+        first_steps: dict[str, str],
+        places: int,
+        leave: Callable[[], None],
+    ) -> bool:
+        executor = self.executor
         leases = executor.claimed(
             lambda connection: executor.leases.claim_with_others(
                 connection,
@@ -404,7 +489,7 @@ class GroupExecutor:
                 worker=executor.worker,
                 first_steps=first_steps,
                 dispatch=dispatch,
-                places=self._most_runs(first_steps) - 1 if in_backlog else 0,
+                places=places,
             )
         )
         if any(lease.waited is not None and lease.waited > BACKLOG_S for lease in leases):
@@ -414,29 +499,40 @@ class GroupExecutor:
             executor.ignore_message(run_id, dispatch)
         if leases:
             executor.faults.reach("claim.committed")
-            self._work(leases)
+            self._work(leases, leave)
             executor.faults.reach("task.before_ack")
         return claimed
 
-    def _work(self, leases: Sequence[Lease]) -> None:
+    def _work(self, leases: Sequence[Lease], leave: Callable[[], None]) -> None:
         members = [
             Member(plan=plan, lease=lease, turns=self.executor.turns(plan, lease))
             for lease in leases
             for plan in [self._plans[lease.run.plan]]
         ]
         if len(members) == 1:
+            leave()
             for _ in members[0].turns:
                 pass
             if members[0].lease.following is not None:
                 self.executor.go_on(members[0].lease)
             return
-        group = Group(self.executor, self.statement, members, own_work=self._own_work)
+        group = Group(
+            self.executor, self.statement, members, own_work=self._own_work, on_long=leave
+        )
         with self._guard.watching(group):
             group.work()
 
+    def _are_very_short(self, names: Iterable[str]) -> bool:
+        """Whether no body of these plans takes long enough to wait for anything."""
+        return self._longest_s(names) < VERY_SHORT_S
+
+    def _longest_s(self, names: Iterable[str]) -> float:
+        """Seconds of the longest bodies of these plans."""
+        return max(self.executor.pace.longest_s(self._plans[name]) for name in names)
+
     def _most_runs(self, names: Iterable[str]) -> int:
         """Of a group that may have runs of these plans."""
-        longest_s = max(self.executor.pace.longest_s(self._plans[name]) for name in names)
+        longest_s = self._longest_s(names)
         return min(self._max_runs, max(1, int(GROUP_S / max(longest_s, GROUP_S / self._max_runs))))
 
     def _first_steps(self, plan: Plan) -> dict[str, str]:

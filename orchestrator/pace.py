@@ -29,6 +29,10 @@ class Pace:
         """Whether the bodies of this step are short, as far as this process has seen them."""
         return self._averages.get(plan.name, {}).get(step.name, SHORT_S) < SHORT_S
 
+    def is_known(self, plan: Plan, step: Step) -> bool:
+        """Whether this process has seen a body of this step."""
+        return step.name in self._averages.get(plan.name, {})
+
     def longest_s(self, plan: Plan) -> float:
         """Seconds that the bodies of the longest step of a plan take, of those that were seen."""
         return max(list(self._averages.get(plan.name, {}).values()), default=SHORT_S)

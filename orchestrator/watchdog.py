@@ -70,6 +70,9 @@ class Attempt:
     """Of the call."""
     task: Task | None = None
     """The body, if it is async: it is cancelled instead of interrupted."""
+    taken_s: float = 0.0
+    """Seconds that the body took, without our own work around it: among many threads that takes
+    longer than the body."""
     reason: Exception | None = None
     inside: bool = False
     interrupted: bool = False

@@ -22,7 +22,7 @@ from beatless.orchestrator.board import SLOTS, Board, slots_of
 from beatless.orchestrator.concurrent import ConcurrentExecutor
 from beatless.orchestrator.executor import Executor
 from beatless.orchestrator.fleet_watch import WORKER
-from beatless.orchestrator.group import GroupExecutor, GroupGuard, uncollected
+from beatless.orchestrator.group import GroupExecutor, GroupGuard, Turnstile, uncollected
 from beatless.orchestrator.group_commit import GroupCommit
 from beatless.orchestrator.heartbeat import Heartbeat
 from beatless.orchestrator.journal import Journal
@@ -100,6 +100,7 @@ class Executors:
         self._outputs = self._new_outputs()
         self._concurrent: ConcurrentExecutor | None = None
         self._pace = Pace()
+        self._turnstile = Turnstile()
         self._loop = LoopThread(observer=counts)
         self._closed = threading.Event()
         self.draining = Draining()
@@ -111,6 +112,7 @@ class Executors:
         # Its threads are in the parent, and one of them may have held the lock.
         self._mutex = threading.Lock()
         self._threads = threading.local()
+        self._turnstile = Turnstile()
         self._closed = threading.Event()
         self._outputs = self._new_outputs()
         self._heartbeat = self._watchdog = self._guard = self._concurrent = None
@@ -219,6 +221,7 @@ class Executors:
             self.plans,
             max_runs=min(self.max_group_runs, self._slots),
             guard=self._guard,
+            turnstile=self._turnstile,
             # Where other threads have bodies meanwhile, the collector works for them.
             own_work=uncollected if self._pool_child else nullcontext,
         )

@@ -1,15 +1,17 @@
 """Several runs are executed in one thread, with one commit for all: each is as it is alone."""
 
 import gc
+import itertools
 import logging
+import queue
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import psycopg
 import pytest
@@ -17,9 +19,8 @@ from sqlalchemy import make_url
 
 from beatless import App, Plan, RunState, StepContext, retry, step
 from beatless.cli.demo import without_handbacks
-from beatless.orchestrator import executor as executors
+from beatless.orchestrator import body, leased_writer
 from beatless.orchestrator import group as groups
-from beatless.orchestrator import leased_writer
 from beatless.orchestrator.board import CHILDREN, SLOTS, slots_of
 from beatless.orchestrator.observer import Claimed, Settled
 from beatless.orchestrator.pace import Pace
@@ -71,6 +72,9 @@ class Known(Pace):
 
     def longest_s(self, plan: Plan) -> float:
         return self.of_each_s
+
+    def is_known(self, plan: Plan, step: Step) -> bool:
+        return True
 
 
 @pytest.fixture
@@ -560,12 +564,127 @@ def test_a_commit_of_several_runs_without_an_answer_is_neither_repeated_nor_lost
     proxied.kit.verify()
 
 
+def test_a_turn_does_not_last_while_its_process_is_held_up(
+    together: Together, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Among many threads each is late: to hand the others back would cost more than it spares."""
+    groups_seen: list[groups.Group] = []
+
+    class Watching:
+        @contextmanager
+        def watching(self, group: groups.Group) -> Iterator[None]:
+            groups_seen.append(group)
+            yield
+
+    def look(held_up_s: float) -> Callable[[StepContext], object]:
+        def look(_: StepContext) -> object:
+            groups_seen[0].relieve(together.kit.app.executors.connect, held_up_s=held_up_s)
+            return together.states(ids)
+
+        return look
+
+    monkeypatch.setattr(together.worker, "_guard", Watching())
+    monkeypatch.setattr(groups, "BUSY_S", 0.0)
+    ACTS.update(a=look(600.0), b=look(0.0))
+    ids = [together.kit.start_run("short", name).run_id for name in "abc"]
+    together.deliver(ids[0])
+
+    together.finish(ids)
+
+    assert together.results(ids) == [
+        ["running", "running", "running"],
+        ["queued", "running", "queued"],
+        "c",
+    ]
+
+
+def free_places(together: Together) -> int:
+    """How many other threads of the process may execute a group of very short bodies now."""
+    free = together.worker._turnstile._free
+    places = 0
+    while free.acquire(blocking=False):
+        places += 1
+    free.release(places)
+    return places
+
+
+def test_few_threads_execute_groups_of_very_short_bodies_at_once(
+    together: Together, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But none that has a run alone, or whose body lasts, keeps others from it."""
+    guards: list[groups.Group] = []
+
+    class Watching:
+        @contextmanager
+        def watching(self, group: groups.Group) -> Iterator[None]:
+            guards.append(group)
+            yield
+
+    def last(_: StepContext) -> int:
+        guards[-1].relieve(together.kit.app.executors.connect)
+        return free_places(together)
+
+    monkeypatch.setattr(together.worker, "_guard", Watching())
+    ACTS.update(dict.fromkeys("ab", lambda _: free_places(together)))
+    most = groups.GROUPS_AT_ONCE
+    assert together.results(together.execute("a", "b")) == [most, most]
+    monkeypatch.setattr(Known, "of_each_s", 0.0)
+    assert together.results(together.execute("a", "b")) == [most - 1, most - 1]
+    assert together.results(together.execute("a")) == [most]
+    monkeypatch.setattr(groups, "BUSY_S", 0.0)
+    ACTS["a"] = last
+    ids = together.execute("a", "b")
+    assert together.results(ids[:1]) == [most]
+    together.finish(ids)
+    assert free_places(together) == most
+
+
+def test_a_step_that_was_never_seen_is_tried_beside_others(
+    together: Together, written: list[int]
+) -> None:
+    """A group begins with the first step; none of its runs is handed back for the second."""
+
+    class Learning(Known):
+        seen: ClassVar[set[str]] = {"act"}
+
+        def is_known(self, plan: Plan, step: Step) -> bool:
+            return step.name in self.seen
+
+        is_short = is_known
+
+        def note(self, plan: Plan, step: Step, seconds: float) -> None:
+            self.seen.add(step.name)
+
+    together.executor.pace = Learning()
+    ids = together.execute("a", "b", "c")
+    assert together.results(ids) == ["a", "b", "c"]
+    assert [together.kit.event_types(run_id).count("StepStarted") for run_id in ids] == [2, 2, 2]
+
+
+def test_a_guard_tells_for_how_long_its_process_was_held_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    told: queue.SimpleQueue[float] = queue.SimpleQueue()
+
+    class Told:
+        def relieve(self, _connect: object, *, held_up_s: float) -> None:
+            told.put(held_up_s)
+
+    seconds = itertools.count()
+    monkeypatch.setattr(groups, "monotonic", lambda: float(next(seconds)))
+    guard = groups.GroupGuard(lambda: None)
+    with guard.watching(Told()):
+        found = told.get(timeout=60)
+    guard.stop()
+    assert found == pytest.approx(1 - groups.CHECK_INTERVAL_S)
+
+
 def test_traces_of_bodies_end_no_round_and_make_no_step_a_long_one(
     together: Together, written: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each commit of one takes half a round, by a clock that only they move."""
     now = 0.0
-    for module in (groups, executors, leased_writer):
+    for module in (groups, body, leased_writer):
         monkeypatch.setattr(module, "monotonic", lambda: now)
     monkeypatch.setattr(groups, "ROUND_S", 0.02)
     append = together.executor.journal.append
