@@ -453,7 +453,6 @@ class Plan:
                 f"Plan.task({short_name(task)}): arguments is {arguments!r:.200}; give it a "
                 'function, as in arguments=lambda ctx: [ctx.input["order"]]'
             )
-        label = name or short_name(task)
         timeout = options.get("timeout")
 
         def call(ctx: Any) -> Any:
@@ -472,7 +471,7 @@ class Plan:
             retries = found.retry.max_attempts - 1
             return call_task(task, ctx, args, kwargs, timeout=timeout, max_retries=retries)
 
-        found = step(name=label, **options)(call)
+        found = step(name=name or short_name(task), **options)(call)
         return replace(found, outcomes=outcomes_of(task.run))
 
     def __repr__(self) -> str:

@@ -62,6 +62,8 @@ class Client(
 ):
     """Starts, reads and follows the runs of one app. Threads may share it.
 
+    Long, because each way to start a run has its documentation here.
+
     The ids of runs in another namespace than `default` begin with its name: `acme~order-1`. They
     may be given with and without it. So no caller can read, or take, an id of another namespace.
 

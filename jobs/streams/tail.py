@@ -327,7 +327,10 @@ class Tail:
             return
         self._began = min(self._began, now)
         since = self._seen_all_until - timedelta(seconds=LATE_S)
-        listed = [self._listed(self._sql[name], since) for name in ("started", "ended")]
+        listed = [
+            self._listed(self._sql["started"], since),
+            self._listed(self._sql["ended"], since),
+        ]
         # It looks at every unfinished run: not each second while Redis is away.
         all_of_them = self._unheard_since is not None and (live or monotonic() >= self._all_at)
         if self._unheard_since is not None and all_of_them:

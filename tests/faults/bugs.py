@@ -61,8 +61,9 @@ BUGS = {
     ),
     "a claim keeps the token": Bug(
         "orchestrator/lease.sql",
-        "2147483646) + 1, lease_token = %(token)s,",
-        "2147483646) + 1, lease_token = greatest(lease_token, least(%(token)s, 7)),",
+        "2147483646) + 1, lease_token = %(token)s,\n         dead_token = CASE",
+        "2147483646) + 1, lease_token = greatest(lease_token, least(%(token)s, 7)),\n"
+        "         dead_token = CASE",
     ),
     "a lease is taken from a worker that lives": Bug(
         "orchestrator/lease.sql",
@@ -153,9 +154,9 @@ BUGS = {
     "a claim of further runs does not look whether their queue is paused": Bug(
         "orchestrator/lease.sql",
         "AND NOT EXISTS (SELECT FROM {schema}.queues q\n"
-        "                         WHERE q.name = r.queue AND q.paused_at IS NOT NULL)\n",
+        "                 WHERE q.name = r.queue AND q.paused_at IS NOT NULL)\n\n",
         "AND NOT EXISTS (SELECT FROM {schema}.queues q\n"
-        "                         WHERE q.name = '' AND q.paused_at IS NOT NULL)\n",
+        "                 WHERE q.name = '' AND q.paused_at IS NOT NULL)\n\n",
     ),
     "a claim of further runs gives them all one token": Bug(
         "orchestrator/lease.sql",
