@@ -8,14 +8,24 @@ SELECT e.data ->> 'name' AS name, e.data -> 'data' AS data FROM {schema}.run_eve
   UNION ALL
   SELECT s.name, s.data FROM {schema}.signals s WHERE s.run_id = i.run_id AND s.key = i.key
 
+-- fragment: left_behind
+-- The seq from which on a run `i` may have open waits: its function last began again there.
+-- Looked for from the end.
+coalesce((SELECT b.seq FROM {schema}.run_events b
+             WHERE b.run_id = i.run_id AND b.type = 'RunRestarted' ORDER BY b.seq DESC LIMIT 1), 0)
+
 -- fragment: waits_of
 -- The waits of a run `i` that have begun and not ended, nor were left behind.
-SELECT w.step, w.data, w.seq FROM {schema}.run_events w
- WHERE w.run_id = i.run_id AND w.type = 'WaitStarted' AND NOT EXISTS (
-   SELECT FROM {schema}.run_events f
-    WHERE f.run_id = w.run_id AND f.seq > w.seq
-      AND (f.type = 'WaitFinished' AND f.step = w.step
-           OR f.type IN ('CancelRequested', 'UndoStarted', 'RunRestarted', 'RunFinished')))
+-- Each event is read once: a run may have thousands of waits.
+SELECT w.step, w.data, w.seq FROM (
+   SELECT w.step, w.data, w.seq, w.type,
+          max(w.seq) FILTER (WHERE w.type = 'WaitFinished') OVER (PARTITION BY w.step) AS finished,
+          max(w.seq) FILTER (WHERE w.type NOT IN ('WaitStarted', 'WaitFinished')) OVER () AS ended
+     FROM {schema}.run_events w
+    WHERE w.run_id = i.run_id AND w.seq >= {left_behind}
+      AND w.type IN ('WaitStarted', 'WaitFinished', 'CancelRequested', 'UndoStarted', 'RunRestarted',
+                     'RunFinished')) w
+  WHERE w.type = 'WaitStarted' AND w.seq > greatest(w.finished, w.ended, 0)
 
 -- name: open_waits
 -- Read the open waits of a run, oldest first.
@@ -25,12 +35,17 @@ SELECT step, data, seq FROM (SELECT %(run_id)s::text AS run_id) AS i CROSS JOIN 
   {waits_of}
   UNION ALL
   SELECT w.step, jsonb_build_object('kind', 'children'), w.seq FROM (
-    SELECT w.*, max(w.seq) OVER () AS last_seq FROM {schema}.run_events w
-     WHERE w.run_id = i.run_id AND w.type = 'ChildrenStarted' AND NOT EXISTS (
-       SELECT FROM {schema}.run_events f
-        WHERE f.run_id = w.run_id AND f.seq > w.seq
-          AND (f.type = 'ChildrenFinished' AND f.step = w.step
-               OR f.type IN ('CancelRequested', 'UndoStarted', 'RunRestarted', 'RunFinished')))) w
+    SELECT w.*, max(w.seq) OVER () AS last_seq FROM (
+      SELECT w.step, w.data, w.seq, w.run_id, w.type,
+             max(w.seq) FILTER (WHERE w.type = 'ChildrenFinished') OVER (PARTITION BY w.step)
+               AS finished,
+             max(w.seq) FILTER (WHERE w.type NOT IN ('ChildrenStarted', 'ChildrenFinished')) OVER ()
+               AS ended
+        FROM {schema}.run_events w
+       WHERE w.run_id = i.run_id AND w.seq >= {left_behind}
+         AND w.type IN ('ChildrenStarted', 'ChildrenFinished', 'CancelRequested', 'UndoStarted',
+                        'RunRestarted', 'RunFinished')) w
+     WHERE w.type = 'ChildrenStarted' AND w.seq > greatest(w.finished, w.ended, 0)) w
    WHERE NOT w.data ? 'run_id'
       OR w.seq = w.last_seq AND EXISTS (SELECT FROM {schema}.dispatches d
           WHERE d.run_id = i.run_id AND d.reason = 'wait' AND d.children_left IS NOT NULL)
