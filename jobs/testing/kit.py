@@ -210,13 +210,11 @@ class Kit(TimeCalls):
         (True, False)
         """
         self.drain_outbox_once()
-        while (message := self._inbox.take()) is not None:
-            if self._execute(message):
-                return True
-        return False
+        executed, _ = self._execute_next()
+        return executed
 
     def work_until_idle(self, *, limit: int = 10_000) -> int:
-        """`work_once` until nothing is dispatched any more, then drain; how many were executed.
+        """`work_once` until nothing is dispatched or left to drain; how many were executed.
 
         A message whose run is not to be executed any more, as the second one of a run, does not
         count. Runs that wait for a later time stay: see `advance`. Raises AssertionError after
@@ -227,8 +225,11 @@ class Kit(TimeCalls):
         2
         """
         for done in range(limit):
-            if not self.work_once():
-                self.drain_outbox_once()
+            self.drain_outbox_once()
+            executed, taken = self._execute_next()
+            if not executed:
+                if taken:  # else nothing has happened since the drain
+                    self.drain_outbox_once()
                 return done
         raise AssertionError(f"still not idle after {limit} executions: does a plan run for ever?")
 
@@ -367,6 +368,15 @@ class Kit(TimeCalls):
             last.callback(self.relay.stop)
             last.callback(self.forget_worker)
             last.callback(self._processes.end)
+
+    def _execute_next(self) -> tuple[bool, int]:
+        """Execute the next dispatched run: whether there was one, and the messages taken for it."""
+        taken = 0
+        while (message := self._inbox.take()) is not None:
+            taken += 1
+            if self._execute(message):
+                return True, taken
+        return False, taken
 
     def _execute(self, message: Message) -> bool:
         """Execute the message; False if its run was not claimable any more."""

@@ -344,3 +344,21 @@ def test_a_worker_is_forgotten_without_a_session_of_its_own_for_it(
     monkeypatch.setattr(psycopg.Connection, "connect", noting)
     beatless.forget_worker()
     assert opened == []
+
+
+def test_a_kit_is_idle_after_the_drain_behind_its_last_run(
+    beatless: Kit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drained = []
+    drain = beatless.relay.drain_once
+    monkeypatch.setattr(beatless.relay, "drain_once", lambda run: drained.append(drain(run)))
+
+    assert beatless.work_until_idle() == 0
+    assert drained == [0]
+
+    run = beatless.start_run("two_steps")
+    assert beatless.work_until_idle() == 1
+    before, behind = drained[1:]
+    assert before == 2  # RunStarted, and the task message
+    assert behind > 0
+    beatless.wait_for_outbox_flush(run.run_id)
