@@ -115,8 +115,18 @@ def engine(
         return connection
 
     made = sqlalchemy.create_engine(engine_url(url), creator=create, **options)
+    sqlalchemy.event.listen(made, "connect", _end_transaction, insert=True)
     sqlalchemy.event.listen(made, "reset", _end_autocommit)
     return made
+
+
+def _end_transaction(connection: psycopg.Connection[Any], _record: object) -> None:
+    """Keep what listeners of the project to all engines have set: before ours, and SQLAlchemy's.
+
+    They leave a transaction open in which no mode of the connection can be set.
+    """
+    if connection.pgconn.transaction_status != psycopg.pq.TransactionStatus.IDLE:
+        connection.commit()
 
 
 def _end_autocommit(connection: psycopg.Connection[Any], _record: object, _state: object) -> None:

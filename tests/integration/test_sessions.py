@@ -571,6 +571,26 @@ def test_a_database_in_another_encoding_is_refused_and_leaves_no_run_running(
         server.execute(f"DROP DATABASE {name} WITH (FORCE)".encode())
 
 
+def test_listeners_of_the_project_to_all_engines_keep_no_call_from_its_connection(
+    beatless_app: App,
+) -> None:
+    """As those of SQLAlchemy's own pages, which leave a transaction open on each new connection."""
+
+    def set_path(connection: psycopg.Connection, _record: Any) -> None:
+        connection.execute("SET search_path TO nowhere")
+
+    sqlalchemy.event.listen(sqlalchemy.Engine, "connect", set_path)
+    try:
+        app = App(beatless_app.settings, PLANS)
+        try:
+            run = app.client.start_run("answers")
+            assert app.client.get_run(run.run_id) == replace(run, start=None)
+        finally:
+            app.close()
+    finally:
+        sqlalchemy.event.remove(sqlalchemy.Engine, "connect", set_path)
+
+
 def test_a_connection_in_use_when_its_app_is_closed_is_closed_when_it_is_returned(
     beatless_app: App,
 ) -> None:
