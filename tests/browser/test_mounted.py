@@ -12,7 +12,7 @@ from playwright.sync_api import Page, expect
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from beatless import App
-from beatless.api import Grant, create_api, open_streams
+from beatless.api import Grant, create_api, open_streams, sse
 from beatless.api import Scope as Right
 from beatless.testing import Kit
 from tests.serving import hosting
@@ -154,6 +154,40 @@ def test_the_client_of_the_page_about_http_needs_no_token_where_a_cookie_is_enou
         page.evaluate("([base, run]) => { window.seen = [];" + CLIENT + follow + "}", [AT, run])
         page.wait_for_function("window.seen.at(-1)?.type === 'RunFinished'")
         page.close()
+
+
+def test_the_client_of_the_page_about_http_follows_all_runs_and_shows_each_event_once(
+    beatless: Kit, open_page: Opener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each connection ends when it has given what there was, and the next one gives it again."""
+    monkeypatch.setattr(sse, "ROTATION_S", 0.0)
+    monkeypatch.setattr(sse, "RETRY_MS", 20)
+    host = FastAPI()
+    host.mount(AT, create_api(beatless.app, authenticate=lambda _: Grant(scopes=[Right.RUNS_READ])))
+    host.get("/", response_class=HTMLResponse)(lambda: '<link rel="icon" href="data:,">')
+    with hosting(host) as api:
+        page = open_page()
+        page.goto(f"{api.url}/")
+        with page.expect_event("requestfinished", lambda asked: "/v1/stream" in asked.url):
+            page.evaluate(
+                "(base) => { window.seen = [];"
+                + CLIENT
+                + "window.stop = followAll(base, (event) => window.seen.push(event), forget); }",
+                AT,
+            )
+        runs = []
+        for order in (1, 2):
+            runs.append(beatless.start_run("checkout", {"order": order}).run_id)
+            beatless.work_until_idle()
+            page.wait_for_function(
+                "(run) => window.seen.some((e) => e.run_id === run && e.type === 'RunFinished')",
+                arg=runs[-1],
+            )
+        seen = page.evaluate("() => { window.stop(); return window.seen; }")
+        page.close()
+    assert [(each["plan"], each["run_id"], each["seq"]) for each in seen] == [
+        ("checkout", run, event.seq) for run in runs for event in beatless.client.events(run)
+    ]
 
 
 def of_a_visitor(request: Request) -> Grant | None:
