@@ -15,6 +15,7 @@ from beatless.orchestrator.child_calls import (
 )
 from beatless.orchestrator.outcomes import Goto, PlanError
 from beatless.orchestrator.plan import Plan
+from beatless.orchestrator.step_body import unfinished
 from beatless.orchestrator.waits import Wait, WaitKind, check_name, seconds_of_wait
 
 
@@ -183,6 +184,8 @@ def _element(
             f"{where}: its input is {inputs!r:.200}; give it a function of the run so far, as in "
             'lambda ctx: ctx.results["reserve"]["lines"]'
         )
+    if inputs is not None and (given := unfinished(inputs)):
+        raise PlanError(f"{where}: its input is a function that gives {given}; let it return JSON")
     if on_failure is not None and not isinstance(on_failure, Goto):
         raise PlanError(f'{where}: on_failure is {on_failure!r}; give it a Goto: Goto("release")')
     if on_failure is not None and on_failure.result is not None:

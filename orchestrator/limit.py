@@ -9,6 +9,7 @@ from beatless.orchestrator.errors import BadPayload
 from beatless.orchestrator.events import storable
 from beatless.orchestrator.failure import describe
 from beatless.orchestrator.outcomes import PlanError
+from beatless.orchestrator.step_body import unfinished
 
 LIMIT_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}")
 
@@ -91,6 +92,8 @@ class Limit:
                 f"limit {name}: key is {key!r:.200}; give a function of the run's input, as in "
                 f'key=lambda order: order["account"], or a text'
             )
+        if callable(key) and (given := unfinished(key)):
+            raise PlanError(f"limit {name}: key is a function that gives {given}; return a text")
         if hold not in (None, "run"):
             raise PlanError(
                 f'limit {name}: hold is {hold!r:.200}; give hold="run", by which a run keeps its '

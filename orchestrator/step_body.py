@@ -85,6 +85,14 @@ def body_of(function: Callable[..., Any]) -> Callable[..., Any]:
     return type(function).__call__
 
 
+def unfinished(function: Callable[..., Any]) -> str:
+    """What a call of a function gives in place of its value: `a generator`, or ""."""
+    body = body_of(function)
+    if inspect.isgeneratorfunction(body) or inspect.isasyncgenfunction(body):
+        return "a generator"
+    return "a coroutine" if inspect.iscoroutinefunction(body) else ""
+
+
 def outcomes_of(function: Callable[..., Any]) -> frozenset[type]:
     """Those of Goto, Finish and Snooze that a function is annotated to return, if only those."""
     try:

@@ -1,5 +1,7 @@
 """Elements of lists of steps that start runs of other plans."""
 
+from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import psycopg
@@ -313,12 +315,21 @@ def test_an_app_without_the_plan_of_an_element_is_refused(beatless: Kit) -> None
         App(beatless.app.settings, plans=[lonely])
 
 
+async def later(ctx: ElementContext) -> None: ...
+
+
+def yields(ctx: ElementContext) -> Iterator[int]:
+    yield 1
+
+
 @pytest.mark.parametrize(
     ("made", "message"),
     [
         (lambda: child("a b", parcel), "must match"),
         (lambda: child("one", pack), "children are runs of a plan"),
         (lambda: child("one", parcel, input={"a": 1}), "give it a function of the run so far"),
+        (lambda: child("one", parcel, input=later), "child one: its input is .* a coroutine"),
+        (lambda: map_("all", parcel, inputs=partial(yields)), "map_ all: .* gives a generator"),
         (lambda: child("one", parcel, deadline=0), "more than 0 seconds"),
         (lambda: child("one", parcel, on_failure="release"), "give it a Goto"),
         (lambda: child("one", parcel, on_failure=Goto("release", 1)), "carries a result"),

@@ -458,6 +458,10 @@ def test_starts_in_a_transaction_that_stays_open_hold_up_nobody(
     assert_idle(postgres)
 
 
+async def awaited(charged: Any) -> str:
+    return str(charged)
+
+
 @pytest.mark.parametrize(
     ("make", "told"),
     [
@@ -468,6 +472,10 @@ def test_starts_in_a_transaction_that_stays_open_hold_up_nobody(
         ),
         (lambda: Limit("a", at_once=True), "at_once is True"),
         (lambda: Limit("a", at_once=1, key=[]), "limit a: key is []; give a function"),
+        (
+            lambda: Limit("a", at_once=1, key=awaited),
+            "limit a: key is a function that gives a coroutine",
+        ),
         (lambda: Plan("p", [charge], limits=LLM), "limits is Limit('llm', at_once=1); give"),
         (lambda: Plan("p", [charge], limits=["x"]), "plan p: 'x' is no limit"),
         (lambda: Plan("p", [charge], limits=[LLM, LLM]), "plan p has two limits of one name"),
