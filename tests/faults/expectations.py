@@ -36,6 +36,7 @@ EXPECTATIONS: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
     "worker_frozen_past_its_lease": (FENCED, RACES),
     "worker_frozen_for_a_moment": ("nothing: the lease is longer", RACES),
+    "group_frozen_until_a_run_of_it_is_taken_over": (FENCED, RACES),
     "child_frozen_past_its_lease": (FENCED, ("integration/test_lease_keeper.py",)),
     "child_killed": (LEASE, KILLS),
     "worker_killed_with_its_keeper": (

@@ -8,6 +8,7 @@ import signal
 import threading
 from collections import Counter
 from collections.abc import Callable
+from time import monotonic
 
 import psycopg
 import redis
@@ -22,6 +23,9 @@ Fault = Callable[[Fleet, random.Random], bool]
 
 FAULTS: dict[str, Fault] = {}
 """Every fault of the general load."""
+
+GROUP_WITHIN_S = 4.0
+"""Seconds within which a child is expected to have several runs at once."""
 
 WORKERS = ("prefork", "threads", "far", "async")
 RELAYS = ("relay-1", "relay-2")
@@ -101,6 +105,47 @@ def frozen(names: tuple[str, ...], least: float, most: float, *, child: bool = F
         return hit
 
     return act
+
+
+HELD = """
+SELECT run_id, lease_token FROM runs
+ WHERE state = 'running' AND split_part(worker, ':', 2)::int = %s
+"""
+TAKEN_OVER = """
+SELECT FROM unnest(%s::text[], %s::bigint[]) AS held(run_id, token) JOIN runs r USING (run_id)
+ WHERE r.state = 'running' AND r.lease_token <> held.token
+"""
+
+
+@fault
+def group_frozen_until_a_run_of_it_is_taken_over(fleet: Fleet, _: random.Random) -> bool:
+    """It goes on while another is within this run: what it writes then is of a lost lease.
+
+    A child that has one body at a time and several leases commits their boundaries together.
+    """
+    pause = threading.Event()
+    deadline = monotonic() + GROUP_WITHIN_S + LEASE_S
+    held: list[tuple[str, int]] = []
+    hit = False
+    with fleet.connect() as session:
+        while len(held) < 2 and monotonic() < deadline - LEASE_S:
+            pause.wait(0.005)
+            prefork = fleet.slots["prefork"]
+            child = busiest(fleet, prefork.children) if prefork.ready else None
+            held = session.execute(HELD, (child,)).fetchall() if child else []
+        if child is None or len(held) < 2:
+            return False
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(child, signal.SIGSTOP)
+            try:
+                held = session.execute(HELD, (child,)).fetchall()
+                names, tokens = [run_id for run_id, _ in held], [token for _, token in held]
+                while not hit and held and monotonic() < deadline:
+                    pause.wait(0.003)
+                    hit = session.execute(TAKEN_OVER, (names, tokens)).fetchone() is not None
+            finally:
+                os.kill(child, signal.SIGCONT)
+    return hit
 
 
 FAULTS["worker_killed"] = signalled(WORKERS, signal.SIGKILL)
