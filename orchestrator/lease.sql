@@ -60,7 +60,7 @@ SELECT d.queue, d.priority FROM {schema}.dispatches d
 
 -- fragment: first_waiting
 -- Some of these, those that wait the longest first.
-SELECT d.run_id, d.shard, d.task, d.due_at FROM {schema}.dispatches d
+SELECT d.run_id, d.shard, d.task FROM {schema}.dispatches d
  WHERE d.state = 'waiting' AND d.queue = (SELECT queue FROM lane)
    AND d.priority = (SELECT priority FROM lane)
    AND d.due_at <= (SELECT clock_timestamp())
@@ -171,7 +171,8 @@ SELECT {claimed_columns}, true, {each_doorbell} FROM u AS r ORDER BY i
 -- Only if it has limits: its slot is one that was freed just now, and it would stay free until a message
 -- has come. Those without wait for nothing but their message. None is taken while a message has waited
 -- for longer than a moment for a process that takes this queue, whatever queue it is of: these come
--- first, by the weights of the queues. A message that was sent just now is due once more after the
+-- first, by the weights of the queues; but not those of runs that were let in, which would end all such
+-- claims of a limit with the first that was late. A message that was sent just now is due once more after the
 -- redispatch time; one that was found to be in the broker, after longer.
 -- The slots are taken of one run, and not where the planner could ask for those of others.
 WITH own AS (
@@ -179,7 +180,7 @@ WITH own AS (
    WHERE r.run_id = %(ended_run)s AND r.lease_token = %(ended_token)s AND r.finished_at IS NOT NULL
      AND NOT EXISTS (
        SELECT FROM {schema}.dispatches s
-        WHERE s.state = 'sent'
+        WHERE s.state = 'sent' AND s.reason <> 'slot'
           AND s.queue = ANY(ARRAY(SELECT r.queue UNION ALL
                                   SELECT unnest(w.queues) FROM {schema}.workers w
                                    WHERE r.queue = ANY(w.queues)))
@@ -196,7 +197,7 @@ WITH own AS (
        FROM {schema}.runs r
       WHERE {claimable}
       LIMIT 1 FOR NO KEY UPDATE OF r SKIP LOCKED) r
-   LIMIT 1) found
+   LIMIT 1) f
    WHERE limited AND {schema}.take_slots(run_id)
 ), u AS (
   UPDATE {schema}.runs r

@@ -186,13 +186,14 @@ def test_no_run_is_claimed_out_of_turn(
 
 
 @pytest.mark.parametrize(
-    ("queue", "due_s", "goes_on"),
+    ("queue", "due_s", "reason", "goes_on"),
     [
-        ("default", 50, False),
-        ("other", 50, False),
-        ("strange", 50, True),
-        ("default", 1000, True),
-        ("default", 2000, False),
+        ("default", 50, "start", False),
+        ("other", 50, "start", False),
+        ("strange", 50, "start", True),
+        ("default", 1000, "start", True),
+        ("default", 2000, "start", False),
+        ("default", 50, "slot", True),
     ],
 )
 def test_messages_that_wait_for_a_worker_of_the_queue_come_first(
@@ -202,6 +203,7 @@ def test_messages_that_wait_for_a_worker_of_the_queue_come_first(
     monkeypatch: pytest.MonkeyPatch,
     queue: str,
     due_s: int,
+    reason: str,
     goes_on: bool,
 ) -> None:
     """Those of all queues that its workers have; not those that were sent just now.
@@ -217,9 +219,9 @@ def test_messages_that_wait_for_a_worker_of_the_queue_come_first(
     runs = started(beatless, "one", "one", "one")
     message = beatless.start_run("free", queue=queue).run_id
     postgres.execute(
-        "UPDATE dispatches SET state = 'sent', reason = 'start', attempts = 1, "
+        "UPDATE dispatches SET state = 'sent', reason = %s, attempts = 1, "
         "due_at = clock_timestamp() + make_interval(secs => %s) WHERE run_id = %s",
-        (due_s, message),
+        (reason, due_s, message),
     )
 
     assert worker.deliver(runs[0]) == (runs if goes_on else runs[:1])
