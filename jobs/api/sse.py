@@ -228,14 +228,15 @@ async def chunks(
     *,
     epoch: str,
     after: int,
-    reset: bool,
+    reset: str | None,
 ) -> AsyncIterator[bytes]:
     """The stream of a run, after a seq, but for what `offer` takes meanwhile.
 
     First comes a frame without data, which no viewer takes for a message, so that even an idle
-    stream can be resumed.
+    stream can be resumed. If the viewer came with a place in another history, it has that one,
+    `reset`: a viewer that is cut off before it hears of the reset comes with it again.
     """
-    first = f"id: {epoch}.{after}\n{_retry()}\n"
+    first = f"id: {reset or f'{epoch}.{after}'}\n{_retry()}\n"
     if reset:
         first += f'id: {epoch}.0\nevent: reset\ndata: {{"epoch":"{epoch}"}}\n\n'
     yield first.encode()

@@ -401,7 +401,7 @@ def test_a_stream_over_http_ends_there_and_coming_again_tells_why(
             lambda _chunk: False,
             epoch="e",
             after=0,
-            reset=False,
+            reset=None,
         )
         async for chunk in stream:
             text.append(chunk)

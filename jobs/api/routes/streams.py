@@ -93,7 +93,7 @@ def stream_run(
         stream.offer,
         epoch=epoch,
         after=after,
-        reset=reset,
+        reset=f"{given}.{seq}" if reset else None,
     )
     return stream
 
