@@ -218,8 +218,13 @@ class Trial:
         )
 
     def await_marks(self, *counts: int) -> list[Reading]:
-        """A reading at each count of marks, as soon as there are so many. Raises TrialFailed."""
+        """A reading at each count of marks, as soon as there are so many. Raises TrialFailed.
+
+        The first is an earlier one if all were there when it was to be taken: there is something
+        between them.
+        """
         found, last = [], (0, monotonic())
+        before = self.read()
 
         def deadline() -> float:
             nonlocal last
@@ -230,6 +235,8 @@ class Trial:
         for count in counts:
             self._watch(lambda count=count: self.marks() >= count, deadline)
             found.append(self.read())
+        if found[0].marks >= counts[-1]:
+            found[0] = before
         return found
 
     def commits(self) -> int:

@@ -67,7 +67,7 @@ COMMANDS = {
         "drain": "Take away the runs of queue Q that no worker has, begun or not; prints how many.",
         "obliterate": "Take away queue Q with all of its runs, ended ones too; prints how many.",
         "pause": "Start no more runs of queue Q anywhere; those that run go on.",
-        "queues": "Every queue with its counts.",
+        "queues": "Every queue with its counts, of all namespaces.",
         "remove": "Take RUN away with all of its events.",
         "resume": "Let the runs of queue Q start again.",
     },

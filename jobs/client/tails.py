@@ -43,8 +43,8 @@ class TailCalls(BaseClient):
 
         Raises BadRequest, and Unreachable if Postgres is away when it is called.
 
-        >>> tail = client.tail(plan="checkout", event=["RunStarted", "RunFinished"], timeout=10)
-        >>> run = client.start_run("checkout", {"order": 1})
+        >>> tail = client.tail(tags={"shop": "eu"}, event=["RunStarted", "RunFinished"], timeout=60)
+        >>> run = client.start_run("checkout", {"order": 1}, tags={"shop": "eu"})
         >>> executed = beatless.work_until_idle()
         >>> for told in tail:
         ...     print(told.plan, told.event.type)
@@ -84,10 +84,10 @@ class TailCalls(BaseClient):
         """`tail` for asyncio. It begins when its first event is awaited.
 
         >>> import asyncio
-        >>> run = client.start_run("checkout", {"order": 1})
+        >>> run = client.start_run("checkout", {"order": 1}, tags={"shop": "us"})
         >>> executed = beatless.work_until_idle()
         >>> async def told():
-        ...     tail = client.atail(plan="checkout", since=run.created_at, timeout=10)
+        ...     tail = client.atail(tags={"shop": "us"}, since=run.created_at, timeout=60)
         ...     async for each in tail:
         ...         if each.event.final:
         ...             return each.event.data["outcome"]

@@ -278,8 +278,8 @@ class Client:
         gone that were given, and others may never come: it raises HistoryChanged; or it calls
         `on_reset`, and goes on with the present. Raises BadRequest and AccessDenied.
 
-        >>> tail = client.tail(plan="checkout", event=["RunStarted", "RunFinished"], timeout=10)
-        >>> run = client.start_run("checkout", {"order": 1})
+        >>> tail = client.tail(tags={"shop": "eu"}, event=["RunStarted", "RunFinished"], timeout=60)
+        >>> run = client.start_run("checkout", {"order": 1}, tags={"shop": "eu"})
         >>> executed = beatless.work_until_idle()
         >>> for told in tail:
         ...     print(told.plan, told.event.type)
@@ -318,10 +318,10 @@ class Client:
         """`tail` for asyncio. It begins when its first event is awaited.
 
         >>> import asyncio
-        >>> run = client.start_run("checkout", {"order": 1})
+        >>> run = client.start_run("checkout", {"order": 1}, tags={"shop": "us"})
         >>> executed = beatless.work_until_idle()
         >>> async def told():
-        ...     tail = client.atail(plan="checkout", since=run.created_at, timeout=10)
+        ...     tail = client.atail(tags={"shop": "us"}, since=run.created_at, timeout=60)
         ...     async for each in tail:
         ...         if each.event.final:
         ...             return each.event.data["outcome"]

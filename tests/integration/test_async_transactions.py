@@ -187,9 +187,9 @@ async def held_elsewhere(ctx: AsyncStepContext) -> None:
     try:
         async with engine.begin() as other:
             await other.exec_driver_sql("SET LOCAL lock_timeout = 1")
-            found = "SELECT current_setting('search_path')"
-            path = (await ctx.connection.exec_driver_sql(found)).scalar()
-            await other.exec_driver_sql(f"LOCK TABLE {path}.written IN EXCLUSIVE MODE")
+            found = await ctx.connection.exec_driver_sql("SELECT current_schema()")
+            schema = found.scalar()
+            await other.exec_driver_sql(f"LOCK TABLE {schema}.written IN EXCLUSIVE MODE")
     finally:
         await engine.dispose()
 

@@ -183,7 +183,7 @@ def test_limits_and_groups_are_a_tenants_own(
         client.start_run("two_steps", group="mine")
     for name, number in (("default", 2), ("acme", 3)):
         api.token = tokens[name]
-        assert api("PUT", "/v1/limits/llm", {"at_once": number}).status == 200
+        assert api("PUT", "/v1/limits/llm?force=true", {"at_once": number}).status == 200
         assert api("PUT", "/v1/groups", {"group": "mine", "weight": number}).status == 200
     for name, number in (("default", 2), ("acme", 3)):
         api.token = tokens[name]

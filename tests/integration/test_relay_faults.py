@@ -104,7 +104,7 @@ def freezing(app: App) -> Iterator[subprocess.Popen[bytes]]:
 def test_a_relay_frozen_in_the_middle_of_a_batch_is_replaced_and_harms_nothing_when_it_wakes(
     beatless: Kit, beatless_app: App, postgres: psycopg.Connection
 ) -> None:
-    run = beatless.start_run("two_steps")  # before: its event and its dispatch are one batch
+    run = beatless.start_run("two_steps", delay=3600)  # before, and with no task: it has the event
     with wire(beatless_app, run.run_id) as published, freezing(beatless_app) as frozen:
         leaders = postgres.execute(
             "SELECT DISTINCT pid FROM pg_locks WHERE locktype = 'advisory' AND granted"
@@ -114,6 +114,7 @@ def test_a_relay_frozen_in_the_middle_of_a_batch_is_replaced_and_harms_nothing_w
             assert [(announcements.wait(StalledRelayEnded).pid,)] == leaders
             announcements.wait_until(lambda seen: shards_of(seen) == SHARDS)
             beatless.wait_for_outbox_flush(run.run_id)
+            beatless.advance(3600)
             while beatless.step(run.run_id):
                 beatless.wait_for_outbox_flush(run.run_id)
             assert published.hear(6) == [1, 2, 3, 4, 5, 6]
