@@ -107,6 +107,10 @@ def frozen(names: tuple[str, ...], least: float, most: float, *, child: bool = F
     return act
 
 
+GROUPS = """
+SELECT split_part(worker, ':', 2)::int FROM runs WHERE state = 'running'
+ GROUP BY worker HAVING count(*) > 1
+"""
 HELD = """
 SELECT run_id, lease_token FROM runs
  WHERE state = 'running' AND split_part(worker, ':', 2)::int = %s
@@ -123,25 +127,25 @@ def group_frozen_until_a_run_of_it_is_taken_over(fleet: Fleet, _: random.Random)
 
     A child that has one body at a time and several leases commits their boundaries together.
     """
-    pause = threading.Event()
-    deadline = monotonic() + GROUP_WITHIN_S + LEASE_S
-    held: list[tuple[str, int]] = []
-    hit = False
+    pause, child, hit = threading.Event(), None, False
+    deadline = monotonic() + GROUP_WITHIN_S
+    prefork = fleet.slots["prefork"]
     with fleet.connect() as session:
-        while len(held) < 2 and monotonic() < deadline - LEASE_S:
-            pause.wait(0.005)
-            prefork = fleet.slots["prefork"]
-            child = busiest(fleet, prefork.children) if prefork.ready else None
-            held = session.execute(HELD, (child,)).fetchall() if child else []
-        if child is None or len(held) < 2:
+        while child is None and monotonic() < deadline:
+            pause.wait(0.002)
+            several = [pid for (pid,) in session.execute(GROUPS)]
+            children = prefork.children if several and prefork.ready else []
+            child = next((pid for pid in several if pid in children), None)
+        if child is None:
             return False
         with contextlib.suppress(ProcessLookupError):
             os.kill(child, signal.SIGSTOP)
             try:
                 held = session.execute(HELD, (child,)).fetchall()
                 names, tokens = [run_id for run_id, _ in held], [token for _, token in held]
+                deadline = monotonic() + LEASE_S + 3
                 while not hit and held and monotonic() < deadline:
-                    pause.wait(0.003)
+                    pause.wait(0.002)
                     hit = session.execute(TAKEN_OVER, (names, tokens)).fetchone() is not None
             finally:
                 os.kill(child, signal.SIGCONT)
