@@ -72,6 +72,7 @@ def test_draining_says_what_it_takes_and_what_it_leaves(
     expect(page.get_by_role("button", name="Drain")).to_be_hidden()
     more.focus()
     page.keyboard.press("Enter")
+    page.keyboard.press("Tab")  # to the ageing
     page.keyboard.press("Tab")
     page.keyboard.press("Enter")
     expect(page.locator("#extent")).to_contain_text("2 runs are queued, 1 delayed and 0 waiting")
