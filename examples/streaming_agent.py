@@ -24,9 +24,12 @@ def model(order: int, turn: int) -> Iterator[str]:
         yield f"{word} "
 
 
-@step(timeout=120, retry=retry(max_attempts=3))
+@step(timeout=120, retry=retry(max_attempts=3), terminate_on_cancel=True)
 def propose(ctx: StepContext, turn: int) -> str:
-    """A killed attempt's text stays in the journal; the next one begins anew, and so do viewers."""
+    """A killed attempt's text stays in the journal; the next one begins anew, and so do viewers.
+
+    A cancel ends it in mid-stream; otherwise it would wait until the model has said all.
+    """
     answer = ""
     for token in model(ctx.input["order"], turn):
         ctx.emit(token)

@@ -1,12 +1,14 @@
 """The argument of a plan's function: the run's input, its steps, and values that are stored."""
 
 import asyncio
+import inspect
 import random
 import sys
 import uuid
 from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from functools import wraps
 from pathlib import Path
 from typing import Any, Generic, NoReturn, TypeVar
 
@@ -27,6 +29,7 @@ from beatless.orchestrator.replay import Call, Mismatch, Outcome, Replay
 from beatless.orchestrator.waits import approve, seconds_of_wait, sleep_of, wait
 
 Input = TypeVar("Input")
+Method = TypeVar("Method", bound=Callable[..., Any])
 
 ALL_ARE_AWAITED = (
     "also for run.step(…), run.wait(…), run.approve(…), run.sleep(…), run.child(…), run.map(…) and "
@@ -44,6 +47,26 @@ Asked = Call | Mismatch
 
 def _as_it_is(value: Any) -> Any:
     return value
+
+
+def _options_by_name(method: Method) -> Method:
+    """The method, with a TypeError that says what to write when an option is given by its place."""
+    known = inspect.signature(method).parameters.values()
+    placed = [each.name for each in known if each.kind is each.POSITIONAL_OR_KEYWORD]
+    options = [each.name for each in known if each.kind is each.KEYWORD_ONLY]
+
+    def called(*given: Any, **named: Any) -> Any:
+        if len(given) > len(placed):
+            shown = [*placed[1:], *(f"{each}=…" for each in options[: len(given) - len(placed)])]
+            raise TypeError(
+                f"run.{method.__name__} takes its options by name: "
+                f"run.{method.__name__}({', '.join(shown)}); it has: {', '.join(options)}"
+            )
+        return method(*given, **named)
+
+    # By it a call that is not awaited is named, and a line of a traceback.
+    called.__code__ = called.__code__.replace(co_name=method.__name__)
+    return wraps(method)(called)  # type: ignore[return-value]  # it keeps the signature
 
 
 class RunContext(PlanContext, Generic[Input]):
@@ -129,6 +152,7 @@ class RunContext(PlanContext, Generic[Input]):
         """
         return self._answer(self._replay.wait(wait(*names, timeout=timeout, name=name), id))
 
+    @_options_by_name
     def approve(
         self,
         title: str,
@@ -164,6 +188,7 @@ class RunContext(PlanContext, Generic[Input]):
         asked = approve(title, form=form, timeout=timeout, name=name)
         return self._answer(self._replay.wait(asked, id))
 
+    @_options_by_name
     def sleep(
         self, duration: float | timedelta, *, name: str = "sleep", id: str | None = None
     ) -> Any:
@@ -182,6 +207,7 @@ class RunContext(PlanContext, Generic[Input]):
         """
         return self._answer(self._replay.wait(sleep_of(duration, name), id))
 
+    @_options_by_name
     def child(
         self,
         plan: Plan,
@@ -226,6 +252,7 @@ class RunContext(PlanContext, Generic[Input]):
 
         return self._answer(found, started)
 
+    @_options_by_name
     def map(
         self,
         plan: Plan,
@@ -262,6 +289,7 @@ class RunContext(PlanContext, Generic[Input]):
         call = child_call(plan, given, at_once=at_once, collects=failure == "collect", group=group)
         return self._answer(self._replay.children(call, id), self._results)
 
+    @_options_by_name
     def first(
         self, children: "Iterable[Child]", *, name: str = "first", id: str | None = None
     ) -> Any:

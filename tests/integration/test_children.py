@@ -645,16 +645,19 @@ def test_an_ended_run_cancels_its_unfinished_children_unless_they_are_detached(
     assert child.state.value == state
 
 
-def test_a_child_has_the_deadline_priority_and_group_of_its_parent(beatless: Kit) -> None:
+def test_a_child_has_the_deadline_priority_and_group_of_its_parent_but_not_its_tags(
+    beatless: Kit,
+) -> None:
     by_its_own = parked(beatless, "leaves", "attached")
-    by_its_parents = parked(beatless, "leaves", "attached", deadline=60, priority=7, group="ada")
+    options = {"deadline": 60, "priority": 7, "group": "ada", "tags": {"shop": "eu"}}
+    by_its_parents = parked(beatless, "leaves", "attached", **options)
 
     (child,) = beatless.client.children(by_its_own)
     assert child.deadline_at is not None
     (child,) = beatless.client.children(by_its_parents)
     parent = beatless.client.get_run(by_its_parents)
     assert (child.deadline_at, child.priority) == (parent.deadline_at, 7)
-    assert child.group == "ada"
+    assert (child.group, child.tags, parent.tags) == ("ada", {}, {"shop": "eu"})
 
 
 @pytest.mark.parametrize("way", ["grouped", "grouped_list"])

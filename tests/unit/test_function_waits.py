@@ -428,3 +428,21 @@ def test_what_needs_a_clock_or_a_thread_is_refused_with_what_to_do() -> None:
         assert error["type"] == PlanError.__name__
         assert use in error["message"]
         assert "do the rest in a step" in error["message"]
+
+
+def test_an_option_that_is_given_by_its_place_fails_the_run_with_what_to_write() -> None:
+    @plan("p")
+    def asks(run: RunContext) -> Any:
+        return run.approve("Refund?", dict, 60)
+
+    @plan("p")
+    async def sleeps(run: RunContext) -> Any:
+        return await run.sleep(60, "night")
+
+    for refused, written in (
+        (asks, "run.approve(title, form=…, timeout=…)"),
+        (sleeps, "run.sleep(duration, name=…)"),
+    ):
+        error = outcome(finish(Journal(refused)))
+        assert error["type"] == "TypeError"
+        assert written in error["message"]
