@@ -7,7 +7,7 @@ from pathlib import Path
 import psycopg
 import pytest
 from fastapi import FastAPI, Request
-from fastapi.responses import HTMLResponse
+from fastapi.responses import HTMLResponse, PlainTextResponse
 from playwright.sync_api import Page, expect
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -188,6 +188,102 @@ def test_the_client_of_the_page_about_http_follows_all_runs_and_shows_each_event
     assert [(each["plan"], each["run_id"], each["seq"]) for each in seen] == [
         ("checkout", run, event.seq) for run in runs for event in beatless.client.events(run)
     ]
+
+
+class Restarted:
+    """A host that answers a stream with 503, as long as it is `away`."""
+
+    def __init__(self, host: ASGIApp) -> None:
+        self.host = host
+        self.away = False
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if self.away and scope.get("path", "").endswith("/stream"):
+            await PlainTextResponse("restarting", status_code=503)(scope, receive, send)
+        else:
+            await self.host(scope, receive, send)
+
+
+SOON = "(act, _, ...given) => window.later(act, 20, ...given)"
+"""The setTimeout of a page: the test does not wait for its pauses."""
+
+FOLLOWS_ALL = (
+    "(base) => { window.seen = []; window.forgotten = 0; window.later = window.setTimeout;"
+    f"const setTimeout = {SOON};"
+    + CLIENT
+    + "window.stop = followAll(base, (event) => window.seen.push(event), "
+    "() => { window.forgotten += 1; }); }"
+)
+
+
+def test_the_client_of_all_runs_comes_again_after_its_host_was_away(
+    beatless: Kit, open_page: Opener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An EventSource is closed for good by any answer but 200."""
+    monkeypatch.setattr(sse, "ROTATION_S", 0.0)
+    monkeypatch.setattr(sse, "RETRY_MS", 20)
+    app = FastAPI()
+    app.mount(AT, create_api(beatless.app, authenticate=lambda _: Grant(scopes=[Right.RUNS_READ])))
+    app.get("/", response_class=HTMLResponse)(lambda: '<link rel="icon" href="data:,">')
+    host = Restarted(app)
+    ended = "(run) => window.seen.some((e) => e.run_id === run && e.type === 'RunFinished')"
+    with hosting(host) as api:
+        page = open_page(expected="503 (Service Unavailable)")
+        page.goto(f"{api.url}/")
+        with page.expect_event("requestfinished", lambda asked: "/v1/stream" in asked.url):
+            page.evaluate(FOLLOWS_ALL, AT)
+        runs = [beatless.start_run("checkout", {"order": 1}).run_id]
+        beatless.work_until_idle()
+        page.wait_for_function(ended, arg=runs[0])
+        with page.expect_response(lambda answer: answer.status == 503):
+            host.away = True
+        runs.append(beatless.start_run("checkout", {"order": 2}).run_id)
+        beatless.work_until_idle()
+        host.away = False
+        page.wait_for_function(ended, arg=runs[1])
+        seen = page.evaluate("() => { window.stop(); return window.seen; }")
+        assert page.evaluate("window.forgotten") == 0
+
+        host.away = True  # before there was an event: nothing says where to go on
+        with page.expect_response(lambda answer: answer.status == 503):
+            page.evaluate(FOLLOWS_ALL, AT)
+        host.away = False
+        page.wait_for_function("window.forgotten === 1")
+        page.evaluate("window.stop()")
+        page.close()
+    assert [(each["run_id"], each["seq"]) for each in seen] == [
+        (run, event.seq) for run in runs for event in beatless.client.events(run)
+    ]
+
+
+TEMPLATE = Path(__file__).parents[2] / "jobs/templates/fastapi/shop/page.html.template"
+
+
+def test_the_page_of_the_template_comes_again_and_shows_what_its_run_waits_for(
+    beatless: Kit, open_page: Opener
+) -> None:
+    app = FastAPI()
+    app.mount("/jobs", create_api(beatless.app, authenticate=of_a_visitor))
+    app.get("/", response_class=HTMLResponse)(TEMPLATE.read_text)
+    app.post("/orders")(lambda: {"run_id": beatless.start_run("payment").run_id})
+    host = Restarted(app)
+    with hosting(host) as api:
+        page = open_page(expected="the server responded with a status of")
+        page.add_init_script(f"window.later = window.setTimeout; window.setTimeout = {SOON};")
+        page.goto(f"{api.url}/")
+        page.evaluate("document.cookie = 'visitor=ann'")
+        host.away = True
+        with page.expect_response(lambda answer: answer.status == 503):
+            page.get_by_role("button", name="Order").click()
+        beatless.work_until_idle()
+        host.away = False
+        shown = page.locator("#events li")
+        expect(shown).to_have_text(["RunStarted", "WaitStarted paid"])
+
+        page.evaluate("document.cookie = 'visitor=nobody'")
+        page.get_by_role("button", name="Order").click()
+        expect(page.locator("#state")).to_have_text("not followed: HTTP 401")
+        page.close()
 
 
 def of_a_visitor(request: Request) -> Grant | None:

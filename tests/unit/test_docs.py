@@ -1,6 +1,7 @@
 """What the documents point at exists, and their Python is Python."""
 
 import ast
+import inspect
 import re
 from pathlib import Path
 
@@ -85,13 +86,42 @@ def test_the_page_about_http_names_every_type_of_event_to_readers_and_to_browser
 
 def test_the_client_in_a_browser_of_the_page_about_http_is_that_of_the_examples() -> None:
     text = (ROOT / "docs" / "http.md").read_text()
-    (shown,) = re.findall(r"```js\n(const TYPES.*?)```", text, flags=re.DOTALL)
+    shown = re.findall(r"```js\n((?:const TYPES|function followAll).*?)```", text, flags=re.DOTALL)
     _, _, code = (ROOT / "examples" / "follow.js").read_text().partition("\n")
-    assert code == shown
+    assert code == "\n".join(shown)
+
+
+def test_the_page_of_the_template_listens_to_every_type_of_event() -> None:
+    from beatless.orchestrator.events import EventType
+
+    page = (ROOT / "jobs" / "templates" / "fastapi" / "shop" / "page.html.template").read_text()
+    (types,) = re.findall(r"const TYPES = \[(.*?)\]", page, flags=re.DOTALL)
+    assert sorted(re.findall(r'"(\w+)"', types)) == sorted(EventType)
 
 
 def test_the_first_page_is_read_in_one_sitting() -> None:
     assert len((ROOT / "README.md").read_text().splitlines()) <= 150
+
+
+@pytest.mark.parametrize("page", ["plans.md", "python.md"])
+def test_the_signatures_of_the_documents_are_those_of_the_code(page: str) -> None:
+    """Of the calls of a function, and of the elements of lists, that are written in full."""
+    from beatless import RunContext, approve, child, map_, wait
+
+    text = (ROOT / "docs" / page).read_text()
+    elements = {each.__name__: each for each in (approve, child, map_, wait)}
+    different = []
+    for of_run, name, shown in re.findall(r"`(run\.)?(\w+)\(([^`]*=[^`]*)\)`", text):
+        call = getattr(RunContext, name, None) if of_run else elements.get(name)
+        if call is None or not re.fullmatch(r"[*\w]+(, [*\w]+(=[\w\"]+)?)*", shown):
+            continue  # an example of a call
+        known = [
+            each for each in inspect.signature(call).parameters.values() if each.name != "self"
+        ]
+        bare = inspect.Signature([each.replace(annotation=each.empty) for each in known])
+        if f"({shown})" != str(bare).replace("'", '"').replace(" /,", ""):
+            different.append(f"{name}({shown}) is {bare}")
+    assert different == []
 
 
 def test_every_setting_is_documented() -> None:
