@@ -72,23 +72,37 @@ class Inbox:
     ) -> SentDecision | None:
         """Store the decision of an open approval, as a signal, in one statement.
 
-        None if it is not open, or has a decision. Of two at once one waits for the transaction of
-        the other, whatever their isolation.
+        None if it is not open, or has a decision, or the key was used for its run before. Of two at
+        once one waits for the transaction of the other, whatever their isolation.
         """
         ((decided_at, _),) = execute(
             connection, self._sql["decide"], new.to_row() | {"namespace": namespace}
         )
         return None if decided_at is None else new.sent(decided_at)
 
+    def sent_with(
+        self, connection: Caller, run_id: str, key: str
+    ) -> tuple[str | None, str | None] | None:
+        """The occurrence that a decision with this key was made for, and its form.
+
+        (None, None) if the key is that of another signal of the run, None if it is of none.
+        """
+        rows = execute(connection, self._sql["sent_with"], {"run_id": run_id, "key": key})
+        return tuple(rows[0]) if rows else None
+
     def decision(
-        self, connection: Caller, run_id: str, name: str, data: str
+        self, connection: Caller, run_id: str, name: str, data: str, *, exact: bool
     ) -> tuple[str, str, str | None, datetime, bool] | None:
-        """The last decision of an occurrence, or of a name: of which, by whom, by which link, when.
+        """The last decision of a name, or the exact one of an occurrence.
+
+        Of which occurrence, by whom, by which link, when.
 
         And whether its data is this. None if there is none.
         """
         rows = execute(
-            connection, self._sql["decision"], {"run_id": run_id, "name": name, "data": data}
+            connection,
+            self._sql["decision"],
+            {"run_id": run_id, "name": name, "data": data, "exact": exact},
         )
         return tuple(rows[0]) if rows else None
 

@@ -3,10 +3,12 @@
 -- fragment: known
 -- Whether a signal `i` was sent to its run before: it has been taken in, or is in the inbox.
 -- By the run's events, which are read in whole.
-SELECT e.data ->> 'name' AS name, e.data -> 'data' AS data FROM {schema}.run_events e
+SELECT e.data ->> 'name' AS name, e.data -> 'data' AS data, e.data -> 'decision' AS decision
+   FROM {schema}.run_events e
    WHERE e.run_id = i.run_id AND e.type = 'SignalReceived' AND e.data ->> 'key' = i.key
   UNION ALL
-  SELECT s.name, s.data FROM {schema}.signals s WHERE s.run_id = i.run_id AND s.key = i.key
+  SELECT s.name, s.data, s.decision FROM {schema}.signals s
+   WHERE s.run_id = i.run_id AND s.key = i.key
 
 -- fragment: left_behind
 -- The seq from which on a run `i` may have open waits: its function last began again there.
@@ -95,9 +97,10 @@ SELECT exists, ended, known, differs,
 
 -- name: decide
 -- Store the decision of an approval that is open: once, and with the signal that carries it.
--- Of two transactions the second waits at the primary key of `decisions` for the first.
+-- Of two transactions the second waits at the primary key of `decisions` for the first. Of one call
+-- that is tried again each try has its key: it decides nothing else meanwhile.
 WITH i AS (
-  SELECT run_id FROM {schema}.runs
+  SELECT run_id, %(key)s::text AS key FROM {schema}.runs
    WHERE run_id = %(run_id)s AND namespace = %(namespace)s AND cancel_requested_at IS NULL
      AND state NOT IN ('completed', 'failed', 'cancelled')
      AND (%(link)s::text IS NULL OR EXISTS (
@@ -106,7 +109,7 @@ WITH i AS (
 ), d AS (
   INSERT INTO {schema}.decisions (run_id, occurrence, data, decided_by, link)
   SELECT i.run_id, w.step, %(data)s::jsonb, %(by)s, %(link)s::text FROM i CROSS JOIN LATERAL ({waits_of}) w
-   WHERE w.step = %(occurrence)s AND w.data ->> 'kind' = 'approval'
+   WHERE w.step = %(occurrence)s AND w.data ->> 'kind' = 'approval' AND NOT EXISTS ({known})
   ON CONFLICT DO NOTHING RETURNING *
 ), s AS (
   INSERT INTO {schema}.signals (run_id, name, key, data, decision)
@@ -118,10 +121,19 @@ WITH i AS (
 )
 SELECT (SELECT decided_at FROM d), CASE WHEN EXISTS (SELECT FROM d) THEN {doorbell} END
 
+-- name: sent_with
+-- Read what a key was used for: the occurrence that it has decided, and the form of that.
+SELECT k.decision ->> 'wait', w.data ->> 'form'
+  FROM (SELECT %(run_id)s::text AS run_id, %(key)s::text AS key) i CROSS JOIN LATERAL ({known}) k
+  LEFT JOIN {schema}.run_events w
+         ON w.run_id = i.run_id AND w.type = 'WaitStarted' AND w.step = k.decision ->> 'wait'
+ LIMIT 1
+
 -- name: decision
 -- Read the last decision of an occurrence, or of a name, and whether its data is this.
 SELECT occurrence, decided_by, link, decided_at, data = %(data)s::jsonb FROM {schema}.decisions
- WHERE run_id = %(run_id)s AND %(name)s IN (occurrence, split_part(occurrence, '#', 1))
+ WHERE run_id = %(run_id)s AND %(name)s = CASE WHEN %(exact)s THEN occurrence
+                                               ELSE split_part(occurrence, '#', 1) END
  ORDER BY decided_at DESC LIMIT 1
 
 -- name: begun
@@ -139,7 +151,8 @@ SELECT last_seq FROM {schema}.runs
 
 -- name: take_in
 -- Move the signals of a run that was locked under its lease into the journal.
--- Of a key that was sent twice, by transactions that did not see each other, the first.
+-- Of a key that was sent twice, by transactions that did not see each other, the first. Decisions
+-- are all taken in: `decisions` has each once, and says that its wait is decided.
 WITH gone AS (
   DELETE FROM {schema}.signals WHERE run_id = (
     SELECT run_id FROM {schema}.runs
@@ -147,11 +160,11 @@ WITH gone AS (
   RETURNING run_id, id, name, key, data, decision
 ), fresh AS MATERIALIZED (
   SELECT *, row_number() OVER (ORDER BY id) AS n FROM (
-    SELECT DISTINCT ON (key) * FROM gone i
-     WHERE NOT EXISTS (SELECT FROM {schema}.run_events e
-                        WHERE e.run_id = i.run_id AND e.type = 'SignalReceived'
-                          AND e.data ->> 'key' = i.key)
-     ORDER BY key, id) i
+    SELECT DISTINCT ON (key, decision ->> 'wait') * FROM gone i
+     WHERE decision IS NOT NULL OR NOT EXISTS (
+       SELECT FROM {schema}.run_events e
+        WHERE e.run_id = i.run_id AND e.type = 'SignalReceived' AND e.data ->> 'key' = i.key)
+     ORDER BY key, decision ->> 'wait', id) i
 ), u AS (
   UPDATE {schema}.runs r SET last_seq = r.last_seq + (SELECT count(*)::int FROM fresh)
    WHERE run_id = (SELECT run_id FROM fresh LIMIT 1)

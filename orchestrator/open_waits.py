@@ -139,9 +139,16 @@ class OpenWait:
         known = {each.name: members[each.name] for each in fields(cls) if each.name in members}
         return cls(**known | {"kind": WaitKind(members["kind"])})
 
+    @property
+    def exact(self) -> str:
+        """The name by which a decision is of this occurrence and of no later one: `refund#1`."""
+        return exact_name(self.occurrence)
+
     def to_dict(self) -> dict[str, Any]:
         """The wait as JSON."""
         members = asdict(self) | {"names": list(self.names)}
+        if self.kind is WaitKind.APPROVAL:
+            members["exact"] = self.exact
         if self.kind is not WaitKind.APPROVAL:
             for name in ("title", "schema", "form"):
                 del members[name]
@@ -172,6 +179,17 @@ class OpenWait:
         else:
             facts["outcome"] = WaitOutcome.TIMED_OUT.value
         return _event(EventType.WAIT_FINISHED, self.occurrence, facts | data)
+
+
+def exact_name(occurrence: str) -> str:
+    """The name that means this occurrence and no other: `name#1` of the first."""
+    return occurrence if "#" in occurrence else f"{occurrence}#1"
+
+
+def named_occurrence(exact: str) -> str:
+    """The occurrence that such a name means."""
+    name, _, visit = exact.partition("#")
+    return name if visit == "1" else exact
 
 
 def wait_started(occurrence: str, wait: Wait, **data: Any) -> NewEvent:

@@ -401,7 +401,8 @@ class SentDecision:
     at: datetime
     """By the clock of Postgres."""
     new: bool
-    """Whether it was stored now; False if the same person had sent the same before."""
+    """Whether it was stored now; False if this call had sent it before, or the same person the
+    same."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -415,7 +416,7 @@ class NewDecision:
     link: str | None
     """The id of the link by which it was sent."""
     key: str
-    """That of its signal, which no other has."""
+    """That of its signal: each try of a call has the same one, and other calls have others."""
 
     def to_row(self) -> dict[str, Any]:
         """The parameters of its statement."""

@@ -147,6 +147,8 @@ class ApprovalBody(BaseModel):
     """Of the type of the form, whose schema is at `/v1/runs/{id}/waits`."""
     by: str = Field(min_length=1, max_length=200, examples=["ann@example.com"])
     """The person who decides."""
+    key: str | None = Field(default=None, max_length=256)
+    """Of this decision: the same one again decides nothing else."""
 
 
 class ApprovalLinkBody(BaseModel):

@@ -11,11 +11,16 @@ from beatless.client.pages import ApprovalPage, line_of
 from beatless.client.requests import check_texts, seconds
 from beatless.client.signals import SignalCalls, new_signal_key
 from beatless.errors import BadRequest
-from beatless.orchestrator.errors import AlreadyDecided, ApprovalNotOpen, RunEnded
+from beatless.orchestrator.errors import (
+    AlreadyDecided,
+    ApprovalNotOpen,
+    RunEnded,
+    SignalConflict,
+)
 from beatless.orchestrator.events import encode, storable
 from beatless.orchestrator.forms import DECISION, find_form
-from beatless.orchestrator.open_waits import OpenWait
-from beatless.orchestrator.options import problem_with_text
+from beatless.orchestrator.open_waits import OpenWait, exact_name, named_occurrence
+from beatless.orchestrator.options import problem_with_key, problem_with_text
 from beatless.orchestrator.outcomes import STEP_NAME
 from beatless.orchestrator.plan import occurrence, step_of
 from beatless.orchestrator.records import NewDecision, Place, Run, SentDecision
@@ -41,17 +46,21 @@ class ApprovalCalls(SignalCalls):
         data: Any = None,
         *,
         by: str,
+        key: str | None = None,
         connection: Caller | None = None,
     ) -> SentDecision:
         """Decide an approval for which a run waits now, whether the decision is yes or no.
 
-        `name` is that of the wait or its occurrence (`refund#2`); `data` is of the type of its
-        form, or JSON; `by` is the person, which is stored in the journal. The decision is made if
+        `name` is an occurrence (`refund#1`, `refund#2`, `OpenWait.exact`); `refund` means whichever
+        is open, in a loop perhaps a question that nobody has read yet. `data` is of the type of its
+        form, or JSON; `by` is the person, which is stored in the journal. `key` names the decision,
+        as that of a signal: again with the same content it decides nothing. The decision is made if
         and when the transaction commits; `connection` is as for `signal_run`. Of two decisions one
         counts, and the other is told: a transaction that decides as well waits for the first.
 
         Raises BadPayload (naming the member that the form refuses), AlreadyDecided,
-        ApprovalNotOpen, RunNotFound, RunEnded and BadRequest.
+        ApprovalNotOpen, SignalConflict (key used with other content), RunNotFound, RunEnded and
+        BadRequest.
 
         >>> run = beatless.start_run("complaint")
         >>> executed = beatless.work_until_idle()
@@ -60,7 +69,7 @@ class ApprovalCalls(SignalCalls):
         >>> sent.new
         True
         """
-        return self._decide(run_id, name, data, by=by, link=None, connection=connection)
+        return self._decide(run_id, name, data, by=by, link=None, key=key, connection=connection)
 
     async def aapprove_run(
         self,
@@ -69,11 +78,13 @@ class ApprovalCalls(SignalCalls):
         data: Any = None,
         *,
         by: str,
+        key: str | None = None,
         connection: AsyncCaller | None = None,
     ) -> SentDecision:
         """`approve_run` in your asynchronous transaction: see `astart_run`."""
         return await self._awaited(
-            connection, lambda given: self.approve_run(run_id, name, data, by=by, connection=given)
+            connection,
+            lambda given: self.approve_run(run_id, name, data, by=by, key=key, connection=given),
         )
 
     def approval_link(
@@ -88,9 +99,9 @@ class ApprovalCalls(SignalCalls):
         """A link by which one person decides one approval of a run, once, without a token.
 
         It is bound to the run, to the occurrence of the wait and to `by`. The approval need not be
-        open yet: a step may send the link before the run comes to it. Then it is bound to the next
-        occurrence of that name. `expires_in` is seconds or a timedelta. To open it shows the form;
-        only sending that decides.
+        open yet: a step may send the link before the run comes to it. Without a number (`refund`)
+        it is bound to the occurrence that is open, else to the next one. `expires_in` is seconds or
+        a timedelta. To open it shows the form; only sending that decides.
 
         Raises RunNotFound, RunEnded and BadRequest.
 
@@ -137,8 +148,8 @@ class ApprovalCalls(SignalCalls):
             if run.state.final:
                 raise RunEnded(run_id)
             found = self._approval(caller, run, name)
-            bound = name if found is None else found.occurrence
-            if found is None and bound == step_of(bound):
+            bound = named_occurrence(name) if found is None else found.occurrence
+            if found is None and name == step_of(name):
                 bound = occurrence(name, self._inbox.begun(caller, run.run_id, name) + 1)
             return self._links.create(
                 caller, run.run_id, bound, by=by, seconds=good_for or 0.0, maker=maker
@@ -242,8 +253,9 @@ class ApprovalCalls(SignalCalls):
 
     def decide_by_link(self, link: FoundLink, data: Any) -> SentDecision:
         """For a server: `approve_run` by a link whose state is open."""
+        name = exact_name(link.occurrence)
         return self._decide(
-            link.run_id, link.occurrence, data, by=link.by, link=link.id, connection=None
+            link.run_id, name, data, by=link.by, link=link.id, key=None, connection=None
         )
 
     def _decide(
@@ -254,29 +266,34 @@ class ApprovalCalls(SignalCalls):
         *,
         by: str,
         link: str | None,
+        key: str | None,
         connection: Caller | None,
     ) -> SentDecision:
         _check_name(name)
         _check_person(by)
+        if key is not None and (problem := problem_with_key(key)):
+            raise BadRequest("key", problem)
+        # A random one, so that a statement whose answer was lost can be sent again.
+        own_key = new_signal_key() if key is None else key
 
         def decide(caller: Caller) -> SentDecision:
             run = self._get(caller, run_id)
+            made = _Made(run=run, name=name, data=data, by=by, link=link, key=own_key)
+            again = self._tried_before(caller, made)
+            if again is not None:
+                return again
             opened = self._approval(caller, run, name)
-            new = NewDecision(
-                run_id=run.run_id,
-                occurrence=name if opened is None else opened.occurrence,
-                data=self._json_of(data)
-                if opened is None
-                else self._checked_data(run, opened, data),
-                by=by,
-                link=link,
-                key=new_signal_key(),
-            )
             if opened is not None:
+                text = self._checked_data(run, opened.occurrence, opened.form, data)
+                new = made.of(opened.occurrence, text)
                 sent = self._inbox.decide(caller, new, namespace=self._namespace)
+                # Else another try of the same call may have been first.
+                sent = sent or self._tried_before(caller, made)
                 if sent is not None:
                     return sent
-            return self._decided_before(caller, run, new)
+            else:
+                new = made.of(named_occurrence(name), self._json_of(data))
+            return self._decided_before(caller, made, new)
 
         sent = self._in_transaction(connection, decide, each_statement=True)
         if connection is None:
@@ -292,14 +309,31 @@ class ApprovalCalls(SignalCalls):
             )
         return sent
 
-    def _decided_before(self, caller: Caller, run: Run, new: NewDecision) -> SentDecision:
+    def _tried_before(self, caller: Caller, made: "_Made") -> SentDecision | None:
+        """The decision with this key, which was sent before. Raises SignalConflict for another."""
+        run = made.run
+        used = self._inbox.sent_with(caller, run.run_id, made.key)
+        if used is None:
+            return None
+        occurrence, form = used
+        if occurrence is None or not _names(made.name, occurrence):
+            raise SignalConflict(run.run_id, made.key)
+        new = made.of(occurrence, self._checked_data(run, occurrence, form, made.data))
+        found = self._inbox.decision(caller, run.run_id, occurrence, new.data, exact=True)
+        if found is None or not found[-1] or found[1:3] != (new.by, new.link):
+            raise SignalConflict(run.run_id, made.key)
+        return new.sent(found[3], new=False)
+
+    def _decided_before(self, caller: Caller, made: "_Made", new: NewDecision) -> SentDecision:
         """The same decision, which was sent before. Raises why there can be none."""
-        found = self._inbox.decision(caller, run.run_id, new.occurrence, new.data)
+        run, exact = made.run, made.name != step_of(made.name)
+        name = new.occurrence if exact else made.name
+        found = self._inbox.decision(caller, run.run_id, name, new.data, exact=exact)
         if found is None:
             if run.state.final:
                 raise RunEnded(run.run_id)
             opened = self._approvals(caller, run)
-            raise ApprovalNotOpen(run.run_id, new.occurrence, [each.occurrence for each in opened])
+            raise ApprovalNotOpen(run.run_id, made.name, [each.occurrence for each in opened])
         decided, by, link, at, same = found
         if same and (by, link) == (new.by, new.link):
             return SentDecision(run_id=run.run_id, occurrence=decided, by=by, at=at, new=False)
@@ -314,28 +348,48 @@ class ApprovalCalls(SignalCalls):
 
     def _approval(self, caller: Caller, run: Run, name: str) -> OpenWait | None:
         """The oldest open one that is called so."""
-        named = [
-            each
-            for each in self._approvals(caller, run)
-            if name in (each.occurrence, step_of(each.occurrence))
-        ]
+        opened = self._approvals(caller, run)
+        named = [each for each in opened if _names(name, each.occurrence)]
         return named[0] if named else None
 
-    def _checked_data(self, run: Run, opened: OpenWait, data: Any) -> str:
+    def _checked_data(self, run: Run, occurrence: str, given: str | None, data: Any) -> str:
         """The decision as JSON, of the type of the form. Raises BadPayload and BadRequest."""
         plan = self._plans.get(run.plan)
-        reference = opened.form or ""
-        form = find_form(reference) if plan is None else plan.form(opened.occurrence, reference)
+        reference = given or ""
+        form = find_form(reference) if plan is None else plan.form(occurrence, reference)
         if form is None:
             raise BadRequest(
                 "form",
-                f"of approval {opened.occurrence} is {reference}, a type that this process has not "
+                f"of approval {occurrence} is {reference}, a type that this process has not "
                 f"loaded: decide where plan {run.plan} is, and declare it at the top of a module",
             )
         return self._json_of(form.type.dump(data))
 
     def _json_of(self, data: Any) -> str:
         return encode(data, where=DECISION, limit=self._journal.max_event_bytes)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Made:
+    """A decision as its caller has made it: of which occurrence is not known yet."""
+
+    run: Run
+    name: str
+    data: Any
+    by: str
+    link: str | None
+    key: str
+
+    def of(self, occurrence: str, data: str) -> NewDecision:
+        """Of this occurrence, with its data as JSON."""
+        return NewDecision(
+            run_id=self.run.run_id,
+            occurrence=occurrence,
+            data=data,
+            by=self.by,
+            link=self.link,
+            key=self.key,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -360,6 +414,11 @@ def _waiting_of(
         if size >= max_bytes or len(found) == limit:
             return found, place
     return found, None
+
+
+def _names(name: str, occurrence: str) -> bool:
+    """Whether a name means this occurrence: exactly, or as one of those that are called so."""
+    return name in (exact_name(occurrence), step_of(occurrence))
 
 
 def _check_name(name: str) -> None:

@@ -5,27 +5,34 @@ from typing import Any
 
 from beatless.approval_links import ApprovalLink
 from beatless.client.approvals import LINK_S
+from beatless.client.signals import new_signal_key
 from beatless.http.wire import Call, Exchange, ask, json_of, path_of, record_of
 from beatless.orchestrator.records import SentDecision
 
 
-def approve_run(run_id: str, name: str, data: Any = None, *, by: str) -> Exchange[SentDecision]:
+def approve_run(
+    run_id: str, name: str, data: Any = None, *, by: str, key: str | None = None
+) -> Exchange[SentDecision]:
     """Decide an approval for which a run waits now; `data` is the JSON of the decision.
 
-    The server checks it by the form. Of two decisions one counts, and the other is told; the same
-    of the same person is stored once, so that one whose answer was lost can be sent again. Raises
-    BadPayload, AlreadyDecided, ApprovalNotOpen, RunNotFound, RunEnded and BadRequest.
+    `name` is its occurrence, `refund#1` or `refund#2`; `refund` means whichever is open. The server
+    checks the decision by the form. Of two decisions one counts, and the other is told; one whose
+    answer was lost is sent again with its `key`, which is random unless given, and decides once.
+    Raises BadPayload, AlreadyDecided, ApprovalNotOpen, SignalConflict, RunNotFound, RunEnded and
+    BadRequest.
 
     >>> run = beatless.start_run("complaint")
     >>> executed = beatless.work_until_idle()
     >>> client.approve_run(run.run_id, "Refund", {"approved": True}, by="ann@example.com").new
     True
     """
+    # It has its key before it is sent, as a signal.
+    body = {"data": data, "by": by, "key": new_signal_key() if key is None else key}
     return ask(
         Call(
             method="POST",
             path=path_of("runs", run_id, "approvals", name),
-            body={"data": data, "by": by},
+            body=body,
             read=lambda found: record_of(SentDecision, found),
         )
     )

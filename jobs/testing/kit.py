@@ -153,6 +153,7 @@ class Kit(TimeCalls):
         data: Any = None,
         *,
         by: str = "tester",
+        key: str | None = None,
         connection: Caller | None = None,
     ) -> SentDecision:
         """`client.approve_run`, in the namespace of the run. Without data, a yes to a Verdict.
@@ -166,7 +167,7 @@ class Kit(TimeCalls):
         """
         decision = {"approved": True} if data is None else data
         client = self._client(run_id)
-        return client.approve_run(run_id, name, decision, by=by, connection=connection)
+        return client.approve_run(run_id, name, decision, by=by, key=key, connection=connection)
 
     def waits(self, run_id: str) -> list[OpenWait]:
         """The open waits of a run.

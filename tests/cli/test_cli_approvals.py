@@ -40,6 +40,8 @@ def test_a_verdict_is_sent_by_yes_or_no_and_another_decision_as_json(
     assert said == f"Release_it of {first} was decided by {ANN}\n"
     again = ("approve", first, "Release_it", "--no", "--comment", "late", "--by", ANN)
     assert "decided before by" in command(*again)
+    exact = ("approve", first, "Release_it#1", "--no", "--comment", "late", "--by", ANN)
+    assert "decided before by" in command(*exact)
     command("approve", first, "Release_it", "--yes", "--by", "bob", status=1)
     assert f"was decided by {ANN}" in command.error
     command("approve", second, "amount", "--data", '"much"', "--by", ANN, status=2)

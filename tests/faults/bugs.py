@@ -430,11 +430,12 @@ BUGS = {
         (
             Bug(
                 "orchestrator/inbox.sql",
-                "SELECT DISTINCT ON (key) * FROM gone i\n"
-                "     WHERE NOT EXISTS (SELECT FROM {schema}.run_events e\n"
-                "                        WHERE e.run_id = i.run_id AND e.type = 'SignalReceived'\n"
-                "                          AND e.data ->> 'key' = i.key)\n"
-                "     ORDER BY key, id)",
+                "SELECT DISTINCT ON (key, decision ->> 'wait') * FROM gone i\n"
+                "     WHERE decision IS NOT NULL OR NOT EXISTS (\n"
+                "       SELECT FROM {schema}.run_events e\n"
+                "        WHERE e.run_id = i.run_id AND e.type = 'SignalReceived' AND "
+                "e.data ->> 'key' = i.key)\n"
+                "     ORDER BY key, decision ->> 'wait', id)",
                 "SELECT * FROM gone)",
             ),
         ),

@@ -3,7 +3,8 @@
 import asyncio
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -31,6 +32,7 @@ from beatless import (
     RunEnded,
     RunNotFound,
     RunState,
+    SignalConflict,
     StepContext,
     Verdict,
     approve,
@@ -42,9 +44,12 @@ from beatless import (
 )
 from beatless.api import responses
 from beatless.auth import Scope, Tokens
+from beatless.orchestrator.records import SentDecision
+from beatless.outbox.backoff import Backoff
 from beatless.outbox.faults import CrashPoints
 from beatless.testing import Kit
 from tests.integration.test_races import until as until_blocked
+from tests.proxy import proxy
 from tests.serving import Api, serving
 
 ANN, BOB = "ann@example.com", "bob@example.com"
@@ -154,10 +159,23 @@ async def essays(run: RunContext[Any]) -> Any:
     await asyncio.gather(*(run.approve(title, form=Essay) for title in ("one?", "two?")))
 
 
+@plan("sends")
+def sends(run: RunContext[Any]) -> Any:
+    found = [run.approve("Send it?", name="send", timeout=days(3)) for _turn in range(3)]
+    return [each and each.data.comment for each in found]
+
+
+@plan("reasks")
+def reasks(run: RunContext[Any]) -> Any:
+    first = run.approve("How much?", name="ask", form=Refund)
+    return [first.data.amount, run.approve("Sure?", name="ask").data.approved]
+
+
 @pytest.fixture
 def beatless_plans() -> list[Plan]:
     BODIES.clear()
-    return [asks, asks_async, essays, ships, graded, REFUNDED, PARCEL, PARCELS]
+    plans = [asks, asks_async, essays, ships, graded, sends, reasks]
+    return [*plans, REFUNDED, PARCEL, PARCELS]
 
 
 EACH = pytest.mark.parametrize("name", ["asks", "refunded"])
@@ -169,6 +187,18 @@ def waiting(kit: Kit, name: str) -> str:
     kit.work_until_idle()
     assert kit.client.get_run(run).state == "waiting"
     return run
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BetweenTries(Backoff):
+    """Does something before each further try of a call, and waits for no time."""
+
+    act: Callable[[], object]
+
+    def delay(self, failures: int) -> float:
+        with ThreadPoolExecutor(1) as pool:  # the caller may be in an event loop
+            pool.submit(self.act).result(60)
+        return 0.0
 
 
 class Acts(CrashPoints):
@@ -491,13 +521,164 @@ def test_a_kind_of_wait_of_a_newer_version_leaves_its_run_alone(
     assert [wait.kind for wait in beatless.waits(run)] == ["ballot"]
 
 
-# Over HTTP, and by links
+# In a loop: which of the questions of one name is decided
 
 
 @pytest.fixture
 def api(beatless: Kit) -> Iterator[Api]:
     with serving(beatless.app) as found:
         yield found
+
+
+ONE = {"approved": True, "comment": "one"}
+TWO = {"approved": True, "comment": "two"}
+
+
+def asked(kit: Kit, run_id: str) -> list[str]:
+    """The approvals that are open, and not decided."""
+    kit.work_until_idle()
+    return [each.exact for each in kit.waits(run_id)]
+
+
+def decided(kit: Kit, run_id: str) -> list[str]:
+    events = kit.client.events(run_id)
+    return [(e.data or {})["decision"]["wait"] for e in events if e.type == "SignalReceived"]
+
+
+@pytest.mark.parametrize("kind", [http.Client, http.AsyncClient])
+def test_a_decision_whose_answer_was_lost_does_not_decide_the_next_question(
+    beatless: Kit, api: Api, kind: type[http.Client | http.AsyncClient]
+) -> None:
+    run = waiting(beatless, "sends")
+    tries = BetweenTries(act=beatless.work_until_idle)
+    tokens = Tokens(beatless.app.engine, beatless.app.settings.schema)
+    _, token = tokens.create([Scope.RUNS_WRITE])
+
+    async def decide(url: str) -> SentDecision:
+        async with http.AsyncClient(url, token=token, backoff=tries) as client:
+            return await client.approve_run(run, "send", ONE, by=ANN)
+
+    with proxy(api.port) as path:
+        path.lose_answer_to(b"/approvals/")
+        url = f"http://127.0.0.1:{path.port}"
+        if kind is http.Client:
+            with http.Client(url, token=token, backoff=tries) as client:
+                sent = client.approve_run(run, "send", ONE, by=ANN)
+        else:
+            sent = asyncio.run(decide(url))
+        assert path.lost.is_set()
+    assert (sent.occurrence, sent.new) == ("send", False)
+    assert (asked(beatless, run), decided(beatless, run)) == (["send#2"], ["send"])
+
+
+def test_a_decision_with_the_key_of_another_one_is_that_one_or_refused(
+    beatless: Kit, api: Api
+) -> None:
+    run, client = waiting(beatless, "sends"), beatless.client
+    first = client.approve_run(run, "send", ONE, by=ANN, key="click")
+    assert (first.occurrence, first.new) == ("send", True)
+    path, body = f"/v1/runs/{run}/approvals/send", {"data": ONE, "by": ANN, "key": "click"}
+    for _ in range(2):  # in the inbox, and in the journal
+        again = client.approve_run(run, "send", ONE, by=ANN, key="click")
+        assert (again.occurrence, again.new, again.at) == ("send", False, first.at)
+        told = api("POST", path, body)
+        assert (told.status, told.json["occurrence"]) == (200, "send")
+        assert asked(beatless, run) == ["send#2"]
+    with http.Client(api.url) as remote:
+        assert not remote.approve_run(run, "send#1", ONE, by=ANN, key="click").new
+    later = client.aapprove_run(run, "send", ONE, by=ANN, key="click")
+    assert asyncio.run(later).at == first.at
+
+    beatless.signal(run, "noise", key="noise")
+    for name, data, by, key in (
+        ("send", TWO, ANN, "click"),
+        ("send", ONE, BOB, "click"),
+        ("send#2", ONE, ANN, "click"),
+        ("send", ONE, ANN, "noise"),
+    ):
+        with pytest.raises(SignalConflict):
+            client.approve_run(run, name, data, by=by, key=key)
+    other = api("POST", path, body | {"data": TWO})
+    assert (other.status, other.json["error"]) == (409, "SignalConflict")
+    assert api("POST", path, body | {"key": "x" * 257}).status == 422
+    with pytest.raises(BadRequest, match="key"):
+        client.approve_run(run, "send", ONE, by=ANN, key="")
+    assert asked(beatless, run) == ["send#2"]
+    beatless.verify()
+
+
+def test_a_decision_that_comes_again_is_checked_by_the_form_of_its_own_question(
+    beatless: Kit,
+) -> None:
+    run, client = waiting(beatless, "reasks"), beatless.client
+    assert client.approve_run(run, "ask", Refund(amount=7), by=ANN, key="click").new
+    assert asked(beatless, run) == ["ask#2"]
+    again = client.approve_run(run, "ask", Refund(amount=7), by=ANN, key="click")
+    assert (again.occurrence, again.new) == ("ask", False)
+    client.approve_run(run, "ask", {"approved": True}, by=ANN)
+    assert asked(beatless, run) == []
+    assert beatless.client.get_run(run).result == [7, True]
+    assert not client.approve_run(run, "ask", Refund(amount=7), by=ANN, key="click").new
+
+
+def test_two_decisions_that_were_given_one_key_at_once_are_both_taken_in(beatless: Kit) -> None:
+    """Each counts as decided: their run would wait for ever for one that is thrown away."""
+    run = waiting(beatless, "essays")
+    essay = {"text": "because"}
+    with sqlalchemy.Connection(beatless.app.engine) as connection, connection.begin():
+        beatless.approve(run, "one", essay, key="click", connection=connection)
+        beatless.approve(run, "two", essay, key="click")
+    beatless.work_until_idle()
+    assert beatless.client.get_run(run).state == "completed"
+    beatless.verify()
+
+
+def test_the_first_question_of_a_loop_can_be_named_and_no_later_one_is_decided_for_it(
+    beatless: Kit, api: Api
+) -> None:
+    run, client = waiting(beatless, "sends"), beatless.client
+    (opened,) = api("GET", f"/v1/runs/{run}/waits").json["waits"]
+    assert (opened["occurrence"], opened["exact"]) == ("send", "send#1")
+    assert asked(beatless, run) == ["send#1"]
+    path, body = f"/v1/runs/{run}/approvals/send%231", {"data": ONE, "by": ANN}
+    told = []
+    for _ in range(3):  # a double click, and one more
+        told.append(api("POST", path, body))
+        assert asked(beatless, run) == ["send#2"]
+    assert [each.status for each in told] == [202, 200, 200]
+    assert {each.json["occurrence"] for each in told} == {"send"}
+    with pytest.raises(AlreadyDecided, match="approval send of"):
+        client.approve_run(run, "send#1", TWO, by=BOB)
+    assert asked(beatless, run) == ["send#2"]
+    assert client.approve_run(run, "send#2", TWO, by=BOB).occurrence == "send#2"
+    assert asked(beatless, run) == ["send#3"]
+    assert decided(beatless, run) == ["send", "send#2"]
+
+    late = waiting(beatless, "sends")
+    beatless.advance(THREE_DAYS_S + 1)
+    assert asked(beatless, late) == ["send#2"]
+    with pytest.raises(ApprovalNotOpen, match="'send#1': open are send#2"):
+        client.approve_run(late, "send#1", ONE, by=ANN)
+    assert api("POST", f"/v1/runs/{late}/approvals/send%231", body).status == 409
+    link = client.approval_link(late, "send#1", by=ANN)
+    assert (link.occurrence, api("GET", f"/{link.path}").status) == ("send", 410)
+    assert asked(beatless, late) == ["send#2"]
+
+
+def test_a_link_whose_form_is_read_as_somebody_else_decides_decides_no_later_question(
+    beatless: Kit,
+) -> None:
+    run = waiting(beatless, "sends")
+    found = beatless.client.link_of(beatless.client.approval_link(run, "send", by=ANN).token)
+    assert found is not None
+    beatless.approve(run, "send", ONE, by=BOB)
+    assert asked(beatless, run) == ["send#2"]
+    with pytest.raises(AlreadyDecided):
+        beatless.client.decide_by_link(found[0], TWO)
+    assert asked(beatless, run) == ["send#2"]
+
+
+# Over HTTP, and by links
 
 
 def test_a_decision_over_http_is_checked_and_made_once(beatless: Kit, api: Api) -> None:

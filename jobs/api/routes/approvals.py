@@ -68,8 +68,11 @@ def list_approvals(
 def approve_run(
     run_id: str, name: str, body: ApprovalBody, client: Writer, response: Response
 ) -> dict[str, Any]:
-    """Decide an approval for which a run waits: `data` is checked by its form."""
-    sent = client.approve_run(run_id, name, body.data, by=body.by)
+    """Decide an approval for which a run waits: `data` is checked by its form.
+
+    `name` is an occurrence, `refund#1` or `refund#2`; without a number it is whichever is open.
+    """
+    sent = client.approve_run(run_id, name, body.data, by=body.by, key=body.key)
     if not sent.new:
         response.status_code = 200
     return {

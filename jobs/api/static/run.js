@@ -116,7 +116,8 @@ export async function showRun(page, runId) {
       try {
         const decision = form.read(new FormData(card), event.submitter?.value === "true");
         sessionStorage.setItem(PERSON, by.value.trim());
-        await postText(`${path}/approvals/${encodeURIComponent(wait.step)}`, object([["data", decision], ["by", JSON.stringify(by.value.trim())]]));
+        const exact = wait.step.includes("#") ? wait.step : `${wait.step}#1`; // the one that was read, and no later one
+        await postText(`${path}/approvals/${encodeURIComponent(exact)}`, object([["data", decision], ["by", JSON.stringify(by.value.trim())]]));
         tell(`Decided: ${wait.data.title}`);
       } catch (error) { refused.replaceChildren(problem(error)); }
       for (const button of buttons) forbid(button, reason);
