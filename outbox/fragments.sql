@@ -71,14 +71,17 @@ CASE WHEN {asleep} THEN pg_notify('beatless_{schema}', (%(shard)s)::text || ' cl
 look_at IS NOT NULL AND state = 'active' AND (cron IS NULL) <> (every IS NULL)
   AND catch_up IN ('one', 'all', 'none') AND overlap IN ('allow', 'skip', 'replace')
 
+-- fragment: oldest_unpublished
+-- The time of the oldest event that is not published yet.
+(SELECT min(e.ts) FROM generate_series(0, {last_shard}) AS own(shard) CROSS JOIN LATERAL (
+     SELECT run_id, from_seq FROM {schema}.run_outbox o WHERE o.shard = own.shard
+      ORDER BY id LIMIT 1) o
+   JOIN {schema}.run_events e ON e.run_id = o.run_id AND e.seq = o.from_seq)
+
 -- fragment: outbox_lag
 -- Three columns: appends that are not published, the oldest's age in seconds, dead letters.
 (SELECT count(*) FROM {schema}.run_outbox),
-(SELECT extract(epoch FROM clock_timestamp() - min(e.ts))::float8
-   FROM generate_series(0, {last_shard}) AS own(shard) CROSS JOIN LATERAL (
-     SELECT run_id, from_seq FROM {schema}.run_outbox o WHERE o.shard = own.shard
-      ORDER BY id LIMIT 1) o
-   JOIN {schema}.run_events e ON e.run_id = o.run_id AND e.seq = o.from_seq),
+extract(epoch FROM clock_timestamp() - {oldest_unpublished})::float8,
 (SELECT count(*) FROM {schema}.dead_letters)
 
 -- fragment: failing_mark

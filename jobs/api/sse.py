@@ -282,8 +282,8 @@ async def tail_chunks(tail: Tail, framing: "Framing") -> AsyncIterator[bytes]:
                 yield f'id: {told}\nevent: reset\ndata: {{"epoch":"{place.epoch}"}}\n\n'.encode()
             for chunk in framing.of_runs(batch, told):
                 yield chunk
-            if not batch and monotonic() >= ends_at:
-                return  # not in the middle of what is to be caught up with
+            if tail.caught_up and not batch and monotonic() >= ends_at:
+                return  # not in the middle of what is to be caught up with, which would begin anew
 
 
 def _retry() -> str:

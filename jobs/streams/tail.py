@@ -32,7 +32,7 @@ from beatless.orchestrator.events import Event, EventText
 from beatless.orchestrator.journal import Journal
 from beatless.outbox.backoff import Backoff
 from beatless.outbox.clock import monotonic
-from beatless.outbox.message import run_of
+from beatless.outbox.message import SHARDS, run_of
 from beatless.outbox.observer import Observer
 from beatless.outbox.queries import Caller, execute
 from beatless.outbox.statements import statements
@@ -59,6 +59,9 @@ ANSWER_S = 5.0
 
 LATE_S = 60.0
 """Seconds by which a start or an end may be committed, or published, after its time."""
+
+LAG_S = 30.0
+"""Seconds by which the relays may be late before the journal is read as if Redis were away."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -161,7 +164,8 @@ class Tail:
         """`since` begins it in the past, `after` where another one was; `timeout` ends it.
 
         `own_channel` gives the channel of a run; the subscriptions are to the channels of all. At
-        the latest after `idle` seconds there is a batch, which may be empty.
+        the latest after `idle` seconds there is a batch, which may be empty, also while much is
+        read of which nothing is chosen.
         """
         self._choice = choice
         self._journal = journal
@@ -173,9 +177,12 @@ class Tail:
         self._head_check = head_check
         self._without_redis = without_redis
         self._observer = observer
-        self._idle = idle
+        self._idle = math.inf if idle is None else idle
+        self._idle_at = monotonic() + self._idle
+        self.caught_up = False
+        """All was given that there was when it last began to read what it had missed."""
         self._deadline = None if timeout is None else monotonic() + timeout
-        self._sql = statements(__file__, journal.schema, page_runs=PAGE_RUNS)
+        self._sql = statements(__file__, journal.schema, page_runs=PAGE_RUNS, last_shard=SHARDS - 1)
         self._chosen: OrderedDict[str, _Tailed] = OrderedDict()
         self._others: OrderedDict[str, None] = OrderedDict()
         self._epoch = ""
@@ -189,6 +196,8 @@ class Tail:
         """Any unfinished run may have moved since then, and no message has told of it."""
         self._all_at = -math.inf
         """When all of these are looked at while Redis is away."""
+        self._forgotten_ms = 0
+        """The time of the last event that was given of a run that is forgotten."""
 
     @property
     def place(self) -> TailPlace | None:
@@ -199,7 +208,7 @@ class Tail:
         return TailPlace(epoch=self._epoch, began=self._began, seen=seen)
 
     def follow(self, on_reset: Callable[[], None] = lambda: None) -> Generator[Batch]:
-        """Events as they come. An empty list: all is given that there was until now.
+        """Events as they come. An empty list: `idle` seconds are over, or all is `caught_up`.
 
         `on_reset` is called when the database has another history: see `Reset`.
         """
@@ -279,19 +288,16 @@ class Tail:
 
     def _listen(self, live: bool) -> Steps:
         """Pass on what arrives, until something may have been missed."""
-        heard, idle = False, math.inf if self._idle is None else self._idle
+        heard = False
         look_at = monotonic() + (self._head_check if live else self._without_redis)
-        idle_at = monotonic() + idle
         while not self._over:
-            arrived = yield Receive(self._at_most(min(look_at, idle_at) - monotonic()))
+            arrived = yield Receive(self._at_most(min(look_at, self._idle_at) - monotonic()))
             if arrived is None:
                 self._miss()
                 return
             heard = heard or bool(arrived)
             yield from self._pass_on(arrived)
-            if monotonic() >= idle_at:
-                idle_at = monotonic() + idle
-                yield []
+            yield from self._if_idle()
             if monotonic() < look_at:
                 continue
             if not heard:  # nothing happened, or the connection is dead
@@ -307,26 +313,37 @@ class Tail:
                 # Until the last look at least, the connection was alive.
                 self._seen_all_until = self._looked_at
                 self._looked_at = self._time(connection)
+            if self._unheard_since is not None:
+                return
             yield from self._read_heads()
             heard, look_at = False, monotonic() + self._head_check
 
+    def _if_idle(self) -> Iterator[Batch]:
+        """An empty batch, if it is time for one."""
+        if monotonic() >= self._idle_at:
+            self._idle_at = monotonic() + self._idle
+            yield []
+
     def _catch_up(self, *, live: bool) -> Steps:
+        self.caught_up = False
         with self._engine.begin() as connection:
-            other = self._is_other_history(connection)
-            if other:
-                self._chosen.clear()
-                self._others.clear()
-                self._began = self._seen_all_until = None
-            self._epoch = self._origin.epoch(connection)
-            now = self._time(connection)
+            epoch, now = self._origin.epoch(connection), self._time(connection)
+        # Only with both: another history is to be told even if Postgres goes away in between.
+        other, self._epoch = self._epoch not in ("", epoch), epoch
         if other:
+            self._chosen.clear()
+            self._others.clear()
+            self._began = self._seen_all_until = self._unheard_since = None
             yield Reset()
         if self._began is None or self._seen_all_until is None:
             self._began = self._seen_all_until = self._looked_at = now
             self._looked_at_all(live, now)
+            self.caught_up = True
             return
         self._began = min(self._began, now)
-        since = self._seen_all_until - timedelta(seconds=LATE_S)
+        late = timedelta(seconds=LATE_S)
+        since = self._seen_all_until - late
+        # Each run is in one list only: those that are forgotten meanwhile do not come again.
         listed = [
             self._listed(self._sql["started"], since),
             self._listed(self._sql["ended"], since),
@@ -334,14 +351,19 @@ class Tail:
         # It looks at every unfinished run: not each second while Redis is away.
         all_of_them = self._unheard_since is not None and (live or monotonic() >= self._all_at)
         if self._unheard_since is not None and all_of_them:
-            listed.append(self._moved(self._unheard_since - timedelta(seconds=LATE_S)))
+            listed.append(self._moved(self._unheard_since - late, since))
         for run_ids in chain.from_iterable(listed):
             yield from self._read([*self._look_up(run_ids)])
-            self._forget()
+            yield from self._if_idle()
+            if self._over:
+                return
+            self._forget(now - late)
         yield from self._read_heads()
+        self._begin_behind_forgotten(now - late)
         if all_of_them:
             self._looked_at_all(live, now)
         self._seen_all_until = self._looked_at = now
+        self.caught_up = True
 
     def _miss(self) -> None:
         """From now on messages may be lost."""
@@ -357,28 +379,41 @@ class Tail:
         return self._epoch not in ("", self._origin.epoch(connection))
 
     def _time(self, connection: Caller) -> datetime:
-        found: datetime = execute(connection, self._sql["clock"], {})[0][0]
-        return found
+        """The time of Postgres. If relays are late, messages are missing as if they were lost."""
+        now: datetime
+        unpublished: datetime | None
+        now, unpublished = execute(connection, self._sql["clock"], {})[0]
+        if unpublished is not None and unpublished < now - timedelta(seconds=LAG_S):
+            self._miss()
+            if self._unheard_since is not None:
+                self._unheard_since = min(self._unheard_since, unpublished)
+        return now
 
     def _listed(self, listing: str, since: datetime) -> Iterator[list[str]]:
         """The runs that this statement lists after a time, by pages."""
         at, run_id = since, ""
         while True:
-            parameters = {"namespace": self._choice.namespace, "after_at": at, "after_id": run_id}
+            parameters = {
+                "namespace": self._choice.namespace,
+                "after_at": at,
+                "after_id": run_id,
+                "since": since,
+            }
             with self._engine.begin() as connection:
                 rows = execute(connection, listing, parameters)
             if rows:
-                at, run_id = rows[-1]
-                yield [found for _, found in rows if self._may_be_chosen(found)]
+                at, run_id, _ = rows[-1]
+                yield [found for _, found, own in rows if own and self._may_be_chosen(found)]
             if len(rows) < PAGE_RUNS:
                 return
 
-    def _moved(self, since: datetime) -> Iterator[list[str]]:
-        """The unfinished runs that have had events after a time, by pages."""
+    def _moved(self, moved: datetime, since: datetime) -> Iterator[list[str]]:
+        """The unfinished runs from before `since` that have had events after a time, by pages."""
         after = ""
         while True:
+            parameters = {"after_id": after, "moved": moved, "since": since}
             with self._engine.begin() as connection:
-                rows = execute(connection, self._sql["moved"], {"after_id": after, "since": since})
+                rows = execute(connection, self._sql["moved"], parameters)
             yield [found for found, moved in rows if moved and self._may_be_chosen(found)]
             if len(rows) < PAGE_RUNS:
                 return
@@ -412,17 +447,28 @@ class Tail:
                 if last_seq > after:
                     yield run_id
 
-    def _forget(self) -> None:
-        """Forget the runs that are silent for the longest.
+    def _forget(self, until: datetime | None = None) -> None:
+        """Forget the runs that are silent for the longest, but none that moved after `until`."""
+        for _ in range(len(self._chosen)):
+            if len(self._chosen) <= KNOWN_RUNS:
+                break
+            run_id, run = self._chosen.popitem(last=False)
+            if until is not None and run.moved_ms >= until.timestamp() * 1000:
+                self._chosen[run_id] = run
+            else:
+                self._forgotten_ms = max(self._forgotten_ms, run.moved_ms)
 
-        The tail begins later from then on: they come as new ones if they move, and what was given
-        is not given again.
+    def _begin_behind_forgotten(self, until: datetime | None = None) -> None:
+        """The tail begins later from now on: what was given of forgotten runs is not given again.
+
+        They come as new ones if they move. `until`: not later than this, for of runs that are still
+        to come events may be older.
         """
-        while len(self._chosen) > KNOWN_RUNS:
-            _, run = self._chosen.popitem(last=False)
-            last = datetime.fromtimestamp((run.moved_ms + 1) / 1000, UTC)
-            if self._began is not None and run.moved_ms:
-                self._began = max(self._began, last)
+        if self._began is None or not self._forgotten_ms:
+            return
+        last = datetime.fromtimestamp((self._forgotten_ms + 1) / 1000, UTC)
+        self._began = max(self._began, last if until is None else min(last, until))
+        self._forgotten_ms = 0
 
     def _pass_on(self, arrived: Sequence[tuple[str, bytes]]) -> Iterator[Batch]:
         events: dict[str, list[EventText]] = {}
@@ -447,6 +493,7 @@ class Tail:
                     with_holes.append(run_id)
         yield from self._read(with_holes)
         self._forget()
+        self._begin_behind_forgotten()
 
     def _wanted(self, batch: Batch) -> Batch:
         types = self._choice.events
@@ -459,6 +506,7 @@ class Tail:
             some = unfinished[start : start + PAGE_RUNS]
             with self._engine.begin() as connection:
                 heads = self._journal.heads(connection, some)
+            yield from self._if_idle()
             for run_id in some:
                 if run_id not in heads:
                     self._chosen[run_id].ended = True  # removed
@@ -470,7 +518,8 @@ class Tail:
         """What the journal has of these runs."""
         for run_id in run_ids:
             run, pager, more = self._chosen[run_id], Pager(), True
-            while more:
+            while more and not self._over:
+                yield from self._if_idle()
                 try:
                     with self._engine.begin() as connection:
                         page, more = self._journal.read_page(

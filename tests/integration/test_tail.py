@@ -4,9 +4,11 @@ import asyncio
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import NoReturn
 
 import pytest
 import redis
+from sqlalchemy import exc
 
 from beatless import App, Event
 from beatless.cursors import TailPlace, encode_tail, parse_tail_id
@@ -441,6 +443,24 @@ def test_a_place_in_another_history_is_told_and_the_present_follows(
     assert tail.place.began > run.created_at
 
 
+def test_another_history_is_told_though_postgres_goes_away_while_it_is_noticed(
+    beatless: Kit, beatless_app: App, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = beatless.start_run("two_steps")
+    told: list[None] = []
+    place = TailPlace(epoch="another", began=run.created_at, seen=run.created_at)
+    tail = streams(beatless_app).tail(ALL, after=place)
+    read = tail._time
+
+    def gone(_connection: object) -> NoReturn:
+        monkeypatch.setattr(tail, "_time", read)
+        raise exc.OperationalError("SELECT", {}, Exception("gone"))
+
+    monkeypatch.setattr(tail, "_time", gone)
+    assert next(tail.follow(lambda: told.append(None))) == []
+    assert told == [None]
+
+
 def test_a_tail_has_a_batch_in_time_and_ends_in_time(
     beatless: Kit, beatless_app: App, follow: Follow
 ) -> None:
@@ -448,6 +468,74 @@ def test_a_tail_has_a_batch_in_time_and_ends_in_time(
     assert [next(tail) for _ in range(3)] == [[], [], []]
     ending = follow(streams(beatless_app).tail(ALL, timeout=0.01))
     assert not any(ending)
+
+
+def test_there_is_a_batch_in_time_while_much_is_read_of_which_nothing_is_chosen(
+    beatless: Kit, beatless_app: App, follow: Follow, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tail_module, "PAGE_RUNS", 1)
+    run = beatless.start_run("two_steps")
+    beatless.work_until_idle()
+    nothing = Choice(namespace="default", events=["StepFailed"])
+    tail = streams(beatless_app).tail(nothing, since=run.created_at, idle=0.0)
+    batches = follow(tail)
+    assert next(batches) == []
+    assert not tail.caught_up
+    assert tail.place is not None
+    assert tail.place.seen == run.created_at
+    while not tail.caught_up:
+        assert next(batches) == []
+    assert tail.place.seen > run.created_at
+
+
+def test_a_tail_that_begins_in_the_past_ends_in_time(beatless: Kit, beatless_app: App) -> None:
+    runs = [beatless.start_run("two_steps") for _ in range(2)]
+    beatless.work_until_idle()
+    tail = streams(beatless_app).tail(ALL, since=runs[0].created_at, timeout=3600)
+    batches = tail.follow()
+    assert next(batches)
+    tail._deadline = 0.0  # its time is over, in the middle of what is past
+    assert not any(batches)
+
+
+def test_more_runs_than_a_tail_knows_come_from_the_past_each_event_once(
+    beatless: Kit, beatless_app: App, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first one moved last: what is between is not older than the tail."""
+    monkeypatch.setattr(tail_module, "LATE_S", 0.0)
+    monkeypatch.setattr(tail_module, "KNOWN_RUNS", 1)
+    monkeypatch.setattr(tail_module, "PAGE_RUNS", 1)
+    long = beatless.start_run("two_steps")
+    runs = [beatless.start_run("two_steps") for _ in range(3)]
+    executed_unheard(beatless, *runs)
+    beatless.step(long.run_id)
+    forget_messages(beatless)
+    moved = len(beatless.client.events(long.run_id))
+    tail = streams(beatless_app).tail(ALL, since=long.created_at).follow()
+
+    wanted = of(long, 1, moved) + [each for run in runs for each in of(run)]
+    assert until_caught_up(tail) == wanted
+
+    beatless.work_until_idle()
+    assert until_end_of(tail, long) == of(long, moved + 1)
+
+
+def test_what_relays_do_not_publish_is_read_from_the_journal(
+    beatless: Kit, beatless_app: App, follow: Follow, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a run that was silent before: who comes back has its place behind these events."""
+    monkeypatch.setattr(tail_module, "LATE_S", 0.0)
+    monkeypatch.setattr(tail_module, "LAG_S", 0.0)
+    silent = beatless.start_run("two_steps")
+    forget_messages(beatless)
+    tail = follow(streams(beatless_app, head_check=0.02).tail(ALL, timeout=60))
+    assert next(tail) == []
+    beatless.step(silent.run_id)
+    wanted, found = of(silent, 2, len(beatless.client.events(silent.run_id))), []
+    while len(found) < len(wanted) and (batch := next(tail, None)) is not None:
+        found += [(each.event.run_id, each.event.seq) for each in batch]
+
+    assert found == wanted
 
 
 def test_a_connection_that_has_died_without_a_word_is_replaced(

@@ -30,6 +30,7 @@ from beatless.auth import Scope, Tokens
 from beatless.http import AsyncClient, Client
 from beatless.orchestrator.records import Run
 from beatless.outbox.backoff import Backoff
+from beatless.streams import tail
 from beatless.testing import Kit
 from tests.http_proxy import Proxy
 from tests.serving import Api, serving
@@ -210,6 +211,21 @@ def test_a_tail_goes_on_after_the_server_has_ended_it(
             beatless.work_until_idle()
             assert seqs(tail, 6) == of(run, 1, 2, 3, 4, 5, 6)
         tail.close()
+
+
+def test_a_connection_does_not_end_before_the_past_was_given(
+    beatless: Kit, api: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would begin anew, from the same place, for ever; heartbeats come meanwhile."""
+    monkeypatch.setattr(sse, "ROTATION_S", 0.0)
+    monkeypatch.setattr(sse, "KEEP_ALIVE_S", 0.0)
+    monkeypatch.setattr(tail, "PAGE_RUNS", 1)
+    runs = [beatless.start_run("two_steps") for _ in range(3)]
+    beatless.work_until_idle()
+    since = quote(runs[0].created_at.isoformat())
+    with api.stream(f"/v1/stream?since={since}&event=RunFinished") as stream:
+        told = [json.loads(each["data"])["run_id"] for each in stream if "data" in each]
+    assert told == [run.run_id for run in runs]
 
 
 def test_a_tail_that_is_cut_at_random_bytes_gives_each_event_once(
