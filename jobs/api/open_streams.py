@@ -65,6 +65,8 @@ class OpenStreams:
             await asyncio.sleep(STOP_CHECK_S)
             if _stops(servers):
                 self.end_all()
+                # One of several may be gone by then, and these streams are another's.
+                servers = _servers_of(asyncio.all_tasks())
             elif monotonic() >= check_at:
                 try:
                     await self._check_tokens()
@@ -115,6 +117,7 @@ def _stops(servers: list[uvicorn.Server]) -> bool:
         return bool(getattr(getattr(handler, "__self__", None), "should_exit", False))
     # After `limit_max_requests` it stops without that it should exit.
     return any(
-        server.should_exit or not all(each.is_serving() for each in server.servers)
+        # One that has not started has no sockets yet.
+        server.should_exit or not all(each.is_serving() for each in getattr(server, "servers", ()))
         for server in servers
     )
