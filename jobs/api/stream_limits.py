@@ -15,6 +15,7 @@ MAX_STREAMS_PER_TOKEN = 1000
 MAX_STREAMS_PER_NAMESPACE = 4000
 MAX_TAILS = 100
 """Streams of all runs of a namespace: each has its own connection to Redis."""
+MAX_TAILS_PER_NAMESPACE = 40
 
 
 class Reservation:
@@ -59,14 +60,17 @@ class StreamLimits:
                 or (of_all_runs and self._tails >= MAX_TAILS)
                 or (
                     grant.token_id
-                    and any(self._counts[key] >= most for key, most in _limits(grant).items())
+                    and any(
+                        self._counts[key] >= most
+                        for key, most in _limits(grant, of_all_runs).items()
+                    )
                 )
             ):
                 raise Problem(
                     HTTPStatus.SERVICE_UNAVAILABLE, "too many streams are open: come again later"
                 ).with_headers(Retry_After="5")
             self._reserved.add(reservation)
-            self._counts.update(_limits(grant).keys())
+            self._counts.update(_limits(grant, of_all_runs).keys())
             self._tails += of_all_runs
         return reservation
 
@@ -76,14 +80,17 @@ class StreamLimits:
                 return
             self._reserved.remove(reservation)
             self._tails -= reservation.of_all_runs
-            for key in _limits(reservation.grant):
+            for key in _limits(reservation.grant, reservation.of_all_runs):
                 self._counts[key] -= 1
                 if not self._counts[key]:
                     del self._counts[key]
 
 
-def _limits(grant: Grant) -> dict[tuple[str, str], int]:
-    return {
+def _limits(grant: Grant, of_all_runs: bool) -> dict[tuple[str, str], int]:
+    found = {
         ("token", grant.maker or grant.token_id or ""): MAX_STREAMS_PER_TOKEN,
         ("namespace", grant.namespace): MAX_STREAMS_PER_NAMESPACE,
     }
+    if of_all_runs:
+        found["tails", grant.namespace] = MAX_TAILS_PER_NAMESPACE
+    return found

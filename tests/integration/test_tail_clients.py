@@ -372,6 +372,21 @@ def test_a_process_has_only_so_many_tails(
             next(other)
 
 
+def test_the_tails_of_one_namespace_leave_room_for_those_of_others(
+    api: Api, beatless_app: App, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stream_limits, "MAX_TAILS_PER_NAMESPACE", 1)
+    tokens = Tokens(beatless_app.engine, beatless_app.settings.schema)
+    _, api.token = tokens.create([Scope.RUNS_READ], namespace="acme")
+    with api.stream("/v1/stream") as stream:
+        next(stream)
+        _, api.token = tokens.create([Scope.RUNS_READ], namespace="acme")
+        assert refusal(api)[0] == 503
+        _, api.token = tokens.create([Scope.RUNS_READ])
+        with api.stream("/v1/stream") as other:
+            next(other)
+
+
 @step
 def refuse(ctx: StepContext) -> None:
     raise Fatal(f"no such card: {ctx.input}")
