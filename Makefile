@@ -64,7 +64,7 @@ test-wheel: build ## What `make build` makes, in an empty environment with the n
 # On the oldest Postgres as well where Debian has installed it.
 OLDEST_POSTGRES = $(wildcard /usr/lib/postgresql/15/bin)
 IN_OLDEST = unit $(addprefix integration/test_,$(addsuffix .py,runs queues races workers kills cancel retry_run limits \
-  processes environment stream api relay publishers kit kit_calls migrations doctor context sessions changed_plans))
+  processes environment stream tail api relay publishers kit kit_calls migrations doctor context sessions changed_plans))
 
 test-oldest: ## The heart of the suite with the oldest of everything that pyproject.toml allows (Python 3.11)
 	@$(MAKE) install VENV=$(VENV)-oldest LOCK=requirements-oldest.txt
@@ -107,9 +107,10 @@ screenshots: $(STAMP) ## Make the pictures of docs/images anew; exit 3 without a
 
 # What Postgres and Redis decide: locks, transactions, NOTIFY, plans of statements, pub/sub, the broker.
 IN_CONTAINERS = append arrays cancel credentials dead_letters doctor doorbell drain_plan duplicates durability failover \
-  fair_turns history kills kit_calls limits lists lost_transactions metrics migrations postgres_faults processes publishers \
-  queues races redis_servers relay relay_faults relay_locks retention round_trips runs schedules sessions signals \
-  start_from_sql statement_plans stream tail takeover two_phase wait_races wakeup_promises workers
+  fair_turns groups history kept_slots kills kit_calls limits limits_of_steps lists lost_transactions metrics migrations \
+  next_runs online_migrations postgres_faults processes publishers queues races rates redis_servers relay relay_faults \
+  relay_locks retention round_trips run_limits runs schedules sessions signals start_from_sql statement_plans stream tail \
+  takeover two_phase wait_races wakeup_promises workers
 
 # Ryuk, which removes what a killed session has left, is one more image that an engine must have.
 test-docker: export TESTCONTAINERS_RYUK_DISABLED = true
