@@ -100,14 +100,9 @@ class Environment:
     def _loaded(self) -> "App":
         from beatless.app import App
         from beatless.demo import PLANS
-        from beatless.local.stack_file import settings_of_running
         from beatless.settings import Settings
 
-        if not os.environ.get("BEATLESS_DATABASE_URL"):
-            # For the user's own module too: it reads its settings when it is imported.
-            os.environ.update(settings_of_running(Path.cwd(), self.note))
-        if not self.needs_servers:
-            os.environ.update({n: url for n, url in NO_SERVERS.items() if not os.environ.get(n)})
+        self.find_settings()
         name = self.named or os.environ.get("BEATLESS_APP", "")
         try:
             if not name:
@@ -115,6 +110,21 @@ class Environment:
             return load(name, "--app" if self.named else "BEATLESS_APP")
         except BadSetting as error:
             raise explained(error) from error
+
+    def find_settings(self) -> None:
+        """Give this process the settings of a `beatless dev` of this directory, if it has none.
+
+        For the user's own modules too: they read them when they are imported.
+        """
+        from beatless.local.stack_file import DJANGO_SETTINGS, settings_of_running
+
+        if not os.environ.get("BEATLESS_DATABASE_URL"):
+            found = settings_of_running(Path.cwd(), self.note)
+            if os.environ.get(DJANGO_SETTINGS):  # of the person, or of manage.py
+                found.pop(DJANGO_SETTINGS, None)
+            os.environ.update(found)
+        if not self.needs_servers:
+            os.environ.update({n: url for n, url in NO_SERVERS.items() if not os.environ.get(n)})
 
     @property
     def client(self) -> "Client":

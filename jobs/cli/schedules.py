@@ -180,9 +180,12 @@ def delete(env: Environment, name: str) -> None:
 
 @schedules.command("from-beat")
 @click.argument("celery_app", metavar="MODULE:APP")
-def from_beat(celery_app: str) -> None:
+@click.pass_obj
+def from_beat(env: Environment, celery_app: str) -> None:
     """Print the `beat_schedule` of a Celery app as `Schedule(…)` lines; nothing is stored."""
     from beatless.cli.beat import celery_app_of, lines_of  # Celery is half of the time to start
 
+    env.needs_servers = False
+    env.find_settings()
     for line in lines_of(celery_app_of(celery_app)):
         click.echo(line)

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import django
 from django.apps import apps
+from django.conf import ENVIRONMENT_VARIABLE
 from django.conf import settings as django_settings
 from django.core.exceptions import ImproperlyConfigured
 from django.db import connections
@@ -146,6 +147,9 @@ def app_of_project() -> App:
 
     Raises BadSetting, PlanError, and ImproperlyConfigured without our app in INSTALLED_APPS.
     """
+    if not (django_settings.configured or os.environ.get(ENVIRONMENT_VARIABLE)):
+        problem = "is not set: call `manage.py beatless …` instead of `beatless …`, or export it"
+        raise BadSetting(ENVIRONMENT_VARIABLE, problem, "shop.settings")
     if not apps.ready:
         django.setup()
     for config in apps.get_app_configs():

@@ -13,6 +13,7 @@ from beatless.local.data_directory import DataDirectory
 from beatless.local.ports import free_port
 from beatless.local.postgres import EmbeddedPostgres
 from beatless.local.restarts import Restarter
+from beatless.local.stack_file import DJANGO_SETTINGS
 from beatless.local.valkey import EmbeddedValkey
 from beatless.migrations import migrate
 from beatless.outbox.clock import monotonic
@@ -134,10 +135,13 @@ class Stack:
         self._directory.announce(self.environ())
 
     def environ(self) -> dict[str, str]:
-        """The BEATLESS_* variables of this stack."""
+        """The BEATLESS_* variables of this stack, and that by which Django's App is found."""
         if self.settings is None:
             raise RuntimeError("the stack has not been started")
-        return self.settings.to_env()
+        module = os.environ.get(DJANGO_SETTINGS, "")
+        if not module or not self._app_name.startswith("beatless.django:"):
+            return self.settings.to_env()
+        return self.settings.to_env() | {DJANGO_SETTINGS: module}
 
     def facts(self) -> dict[str, Any]:
         """The addresses of the stack, as JSON."""

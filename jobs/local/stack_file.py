@@ -15,6 +15,9 @@ LOCK = "dev.lock"
 STATE = "stack.json"
 """Its process id and its settings."""
 
+DJANGO_SETTINGS = "DJANGO_SETTINGS_MODULE"
+"""Beside those settings, if the app is that of a Django project."""
+
 START_S = 120.0
 """How long a stack that is starting is waited for."""
 
@@ -22,7 +25,7 @@ LOOK_INTERVAL_S = 0.1
 
 
 def settings_of_running(here: Path, say: Callable[[str], None]) -> dict[str, str]:
-    """The BEATLESS_* variables of a stack that runs now on a data directory below `here`.
+    """The variables of a stack that runs now on a data directory below `here`.
 
     One that is starting is waited for, after a word to `say`: `beatless dev &` and the next command
     are often typed at once.

@@ -12,18 +12,24 @@ from queue import Queue
 
 import click
 import pytest
+from celery import _state
+from celery.app import builtins
 from prometheus_client import CollectorRegistry
 
-from beatless import BadSetting, loopback
+from beatless import BadSetting, Settings, loopback
 from beatless.cli import COMMANDS, cli, run
+from beatless.cli.environment import NO_SERVERS, Environment
 from beatless.local.child import Child, wait_until_ready
 from beatless.local.errors import NotReady
 from beatless.local.restarts import Restarter
+from beatless.local.stack import Stack
 from beatless.local.stack_file import LOCK, STATE, settings_of_running
 from beatless.observe.exposition import listen
 from beatless.outbox.clock import monotonic
 
 FOUND = {"BEATLESS_DATABASE_URL": "postgresql://127.0.0.1:1/x"}
+
+OWN = {"database_url": "postgresql://127.0.0.1:1/x", "redis_url": "redis://127.0.0.1:1/0"}
 
 
 def write_state(directory: Path) -> None:
@@ -90,6 +96,94 @@ def test_a_missing_setting_beside_others_is_told_as_it_is(
     assert run(["runs"]) == 2
     said = capsys.readouterr().err
     assert "BEATLESS_REDIS_URL is not set; BEATLESS_DATABASE_URL is, so no `beatless dev`" in said
+
+
+OF_CELERY = """
+import os
+
+from celery import Celery
+
+app = Celery("shop", set_as_current=False, broker=os.environ["BEATLESS_REDIS_URL"])
+app.conf.beat_schedule = {"nightly": {"task": "report", "schedule": 60}}
+
+
+@app.task(name="report")
+def report(host=os.environ["BEATLESS_DATABASE_URL"]): ...
+"""
+
+
+@pytest.fixture
+def bare(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The environment of a person who has set nothing, for this test."""
+    for name in ("BEATLESS_APP", *FOUND, "BEATLESS_REDIS_URL", "DJANGO_SETTINGS_MODULE"):
+        monkeypatch.setenv(name, "")
+
+
+@pytest.mark.parametrize("runs", [True, False])
+@pytest.mark.parametrize("command", ["schedules from-beat", "plan from-celery"])
+def test_what_reads_a_celery_app_gives_its_module_settings(
+    directory: Path,
+    bare: None,
+    command: str,
+    runs: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Those of a `beatless dev` of the directory, or such as name no server."""
+    monkeypatch.chdir(directory.parent)
+    monkeypatch.syspath_prepend(directory.parent)
+    # Without tasks of other tests, which each app would have.
+    own = {each for each in _state._on_app_finalizers if each.__module__ == builtins.__name__}
+    monkeypatch.setattr(_state, "_on_app_finalizers", own)
+    (directory.parent / "shop_of_celery.py").write_text(OF_CELERY)
+    write_state(directory)
+    with (directory / LOCK).open("w") as lock:
+        if runs:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        done = run([*command.split(), "shop_of_celery:app"])
+    sys.modules.pop("shop_of_celery", None)
+    assert done == 0
+    assert "report" in capsys.readouterr().out
+    url = FOUND["BEATLESS_DATABASE_URL"] if runs else NO_SERVERS["BEATLESS_DATABASE_URL"]
+    assert os.environ["BEATLESS_DATABASE_URL"] == url
+
+
+@pytest.mark.parametrize(
+    ("app", "told"),
+    [("beatless.django:app", {"DJANGO_SETTINGS_MODULE": "shop.settings"}), ("shop:app", {})],
+)
+def test_the_settings_of_a_stack_name_those_of_django(
+    tmp_path: Path, bare: None, app: str, told: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DJANGO_SETTINGS_MODULE", "shop.settings")
+    stack = Stack(tmp_path, app_name=app)
+    stack.alarm.close()
+    stack.settings = Settings.from_env({}, **OWN, app=app)
+    assert stack.environ() == stack.settings.to_env() | told
+
+
+@pytest.mark.parametrize(("given", "used"), [("", "shop.settings"), ("shop.other", "shop.other")])
+def test_a_command_finds_the_settings_of_django_where_it_has_none(
+    directory: Path, bare: None, given: str, used: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(directory.parent)
+    monkeypatch.setenv("DJANGO_SETTINGS_MODULE", given)
+    found = {**FOUND, "DJANGO_SETTINGS_MODULE": "shop.settings"}
+    (directory / STATE).write_text(json.dumps({"pid": 1, "environ": found}))
+    with (directory / LOCK).open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        Environment().find_settings()
+    assert os.environ["DJANGO_SETTINGS_MODULE"] == used
+
+
+def test_the_app_of_django_without_its_settings_is_told(
+    tmp_path: Path, bare: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run(["--app", "beatless.django:app", "runs"]) == 2
+    said = capsys.readouterr().err
+    assert "DJANGO_SETTINGS_MODULE is not set: call `manage.py beatless …` instead" in said
+    assert "or export it; for example DJANGO_SETTINGS_MODULE=shop.settings" in said
 
 
 class Part:
