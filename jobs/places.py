@@ -33,6 +33,7 @@ from beatless.orchestrator.replay import Mismatch
 from beatless.orchestrator.step_order import changed_places, passed_by, removed
 from beatless.orchestrator.timeline import stands_at, waits_for_children
 from beatless.orchestrator.unfit_events import UNFIT, UnreadableEvent, folded
+from beatless.orchestrator.waits import Wait, WaitKind
 from beatless.outbox.queries import Caller, execute_lazily
 
 UNKNOWN_PLAN = "unknown_plan"
@@ -56,6 +57,10 @@ class Place:
     advice: str | None = None
     leaves_out: Sequence[str] = ()
     """Steps that the runs were to do, and that this version of their plan does not have."""
+    waits_for: Sequence[str] = ()
+    """The signals that end the wait of the runs, if this version's wait names others too."""
+    ignores: Sequence[str] = ()
+    """Those others."""
     runs: int = 0
     run_ids: list[str] = field(default_factory=list)
 
@@ -68,6 +73,9 @@ class Place:
             "waits": self.waits,
             **(told if self.difference is not None else {}),
             **({"leaves_out": [*self.leaves_out]} if self.leaves_out else {}),
+            **(
+                {"waits_for": [*self.waits_for], "ignores": [*self.ignores]} if self.ignores else {}
+            ),
             "run_ids": self.run_ids,
         }
 
@@ -94,9 +102,18 @@ def places(
         told: Mismatch | None = None,
         leaves_out: Sequence[str] = (),
     ) -> None:
-        key = (run.plan, step, waits, told and told.kind, *leaves_out)
+        waits_for, ignores = ((), ()) if waits else _other_signals(plans.get(run.plan), run)
+        key = (run.plan, step, waits, told and told.kind, tuple(leaves_out), waits_for, ignores)
         place = found.setdefault(
-            key, Place(plan=run.plan, step=step, waits=waits, leaves_out=leaves_out)
+            key,
+            Place(
+                plan=run.plan,
+                step=step,
+                waits=waits,
+                leaves_out=leaves_out,
+                waits_for=waits_for,
+                ignores=ignores,
+            ),
         )
         if told is not None and not place.runs:
             place.difference, place.advice = difference(told), told.advice
@@ -146,6 +163,21 @@ def places(
     return sorted(
         found.values(), key=lambda place: (place.waits is None, place.plan, place.step or "")
     )
+
+
+def _other_signals(plan: Plan | None, run: Unfinished) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The signals of an open wait, and those that only the wait of this plan, a list, names.
+
+    Both empty if there are none of the latter.
+    """
+    stored = (run.place.data or {}).get("names")
+    if run.place.type != EventType.WAIT_STARTED or run.cancelled or not isinstance(stored, list):
+        return (), ()
+    wait = None if plan is None else plan.get(step_of(run.place.step or ""))
+    if not isinstance(wait, Wait) or wait.kind is not WaitKind.SIGNAL:
+        return (), ()
+    ignored = tuple(name for name in wait.names if name not in stored)
+    return (tuple(map(str, stored)), ignored) if ignored else ((), ())
 
 
 def _reordered(

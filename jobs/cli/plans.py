@@ -40,6 +40,12 @@ LEAVES_OUT = (
 )
 """The advice about a plan that is a list, from which a step was removed ahead of its runs."""
 
+FORMER = (
+    "{wait} for {signals}, as when the wait began, which no {ignored} ends: send {signals} while "
+    "`beatless waits --plan {plan}` lists such a wait"
+)
+"""The advice about a wait of a plan that is a list, which names signals that it did not."""
+
 WIDTH, HEIGHT, GAP, LANE, MARGIN = 230, 44, 30, 26, 24
 
 
@@ -71,7 +77,8 @@ def check(env: Environment) -> None:
 
     Run it with the code that is to be deployed. Exit status 1 if a run would wait, because it is in
     a step, or of a plan, that this code does not have, or gives a stored step other arguments. Runs
-    that would go on without a step that was removed ahead of them are told, and change no status.
+    that would go on without a step that was removed ahead of them are told, and change no status;
+    so are runs of a list that wait, and not for a signal that its wait names now.
     A plan that is a function is called on the stored results of each of its runs; no step is.
     """
     known = {**env.app.plans, canary.NAME: canary.canary(list(env.app.plans.values()))}
@@ -94,7 +101,7 @@ def check(env: Environment) -> None:
     if waiting:
         for text in advised([place for place in found if place.waits]):
             env.note(text)
-    for text in shortened(found):
+    for text in (*shortened(found), *former(found)):
         env.note(text)
     if waiting:
         raise click.exceptions.Exit(1)
@@ -113,6 +120,7 @@ def from_celery(env: Environment, celery_app: str) -> None:
     from beatless.cli.celery_plans import lines_of
 
     env.needs_servers = False
+    env.find_settings()
     for line in lines_of(celery_app_of(celery_app), celery_app):
         click.echo(line)
 
@@ -140,6 +148,20 @@ def shortened(found: Sequence[Place]) -> Iterator[str]:
         of = ", ".join(f"{place.plan} {_where(place)}" for place in where)
         runs = count(sum(place.runs for place in where), "run")
         yield f"{runs} ({of}) {LEAVES_OUT.format(steps=steps)}"
+
+
+def former(found: Sequence[Place]) -> Iterator[str]:
+    """One line for each place whose runs wait, and not for all that this version waits for."""
+    for place in found:
+        if place.ignores:
+            runs, wait = count(place.runs, "run"), "waits" if place.runs == 1 else "wait"
+            told = FORMER.format(
+                wait=wait,
+                signals=" or ".join(place.waits_for),
+                ignored=" or ".join(place.ignores),
+                plan=place.plan,
+            )
+            yield f"{runs} ({place.plan} {_where(place)}) {told}"
 
 
 def _where(place: Place) -> str:

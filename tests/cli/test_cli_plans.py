@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from beatless import App, Limit, Plan, RunContext, StepContext, plan, retry, step
+from beatless import App, Limit, Plan, RunContext, RunState, StepContext, plan, retry, step, wait
 from beatless.cli import run
 from beatless.cli.plans import as_text
 from beatless.http import Client
@@ -267,6 +267,45 @@ def test_plan_check_tells_who_goes_on_without_a_step_that_was_removed(
     assert "2 runs (two_steps not begun, two_steps in first) will end without pay and mail" in told
     found = json.loads(command("--json", "plan", "check"))["places"]
     assert [place.get("leaves_out") for place in found] == [["pay", "mail"], ["pay", "mail"], None]
+
+
+def test_plan_check_tells_which_signals_runs_wait_for_still(
+    command: Command, beatless: Kit, beatless_app: App, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As docs/plans.md has it: the wait has another name, and its signal too."""
+    first, last = beatless_app.plans["two_steps"].steps
+    before = Plan("two_steps", [first, wait("picked"), last])
+    both = wait("picked", "fetched", name="fetched")
+    now = Plan("two_steps", [first, wait("fetched"), last], renamed={"picked": "fetched"})
+    either = Plan("two_steps", [first, both, last], renamed={"picked": "fetched"})
+    for run_id, version in (("old", before), ("new", either)):
+        beatless.start_run("two_steps", run_id=run_id)
+        beatless.executor().execute(version, run_id, 0)
+
+    of_the_command = importlib.import_module("tests.plans").app
+    monkeypatch.setitem(of_the_command.plans, "two_steps", now)
+    assert command("plan", "check").splitlines() == [
+        "two_steps  1 run in fetched: can go on",
+        "two_steps  1 run in picked: can go on",
+    ]
+    told = " ".join(command.error.split())
+    assert told == (
+        "1 run (two_steps in picked) waits for picked, as when the wait began, which no fetched "
+        "ends: send picked while `beatless waits --plan two_steps` lists such a wait"
+    )
+    found = json.loads(command("--json", "plan", "check"))["places"]
+    assert [(place.get("waits_for"), place.get("ignores")) for place in found] == [
+        (None, None),
+        (["picked"], ["fetched"]),
+    ]
+
+    assert list(beatless.client.signal_run("old", "fetched").waits_for) == ["picked"]
+    beatless.client.signal_run("old", "picked")
+    beatless.client.signal_run("new", "fetched")
+    beatless.drain_outbox_once()
+    for run_id in ("old", "new"):
+        beatless.executor().execute(either, run_id, 1)
+        assert beatless.client.get_run(run_id).state is RunState.COMPLETED
 
 
 def test_plan_check_advises_for_each_difference_what_helps_there(
