@@ -28,6 +28,12 @@ Set beatless_app = module:attribute in the pytest settings, naming the App of yo
 can then import its module without servers in the environment, and it works with those of a test."""
 
 
+TWO_DATABASES = """\
+The test has the mark django_db, for Django's own test database, and the fixture beatless_django
+(perhaps by one of yours, as db), for the kit's: it can have one of them. Remove the mark, to have
+the kit's; or take the fixture away, to have Django's, in which no run is executed."""
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("beatless")
     group.addoption(
@@ -260,6 +266,14 @@ def beatless_allowed_brokers() -> Sequence[str]:
 def _beatless_guard() -> Iterator[Any]:
     with implementation().guarded() as guard:
         yield guard
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """A test of two databases is refused before either is made."""
+    fixtures = getattr(item, "fixturenames", ())
+    if "beatless_django" in fixtures and item.get_closest_marker("django_db"):
+        pytest.fail(TWO_DATABASES, pytrace=False)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -51,6 +51,14 @@ def test_a_row_has_its_run(beatless, db):
     assert order.state == "shipped"
 """
 
+OF_BOTH = """
+import pytest
+
+
+@pytest.mark.django_db
+def test_it_would_have_two_databases(beatless, db): ...
+"""
+
 MODELS = """
 from django.db import models
 
@@ -124,12 +132,14 @@ def test_tests_in_djangos_own_database_and_with_the_kit_are_in_one_session(
     pytester: pytest.Pytester,
     beatless_services: Services,
     monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Those of the page, and one of its trigger, which starts the runs that the view starts too."""
     shutil.copytree(ROOT / "examples" / "django_shop" / "shop", shop / "shop")
     for name in set(BLOCKS) - {"shop/asgi.py", "test_shop.py", *OF_DJANGO_6}:
         (shop / name).write_text(BLOCKS[name])
     (shop / "test_trigger.py").write_text(OF_A_TRIGGER)
+    (shop / "test_both.py").write_text(OF_BOTH)
     test_database = {
         "NAME": f"marked_of_{beatless_services.database_url[-4:]}_{os.getpid()}",
         "TEMPLATE": "template0",
@@ -140,5 +150,6 @@ def test_tests_in_djangos_own_database_and_with_the_kit_are_in_one_session(
     monkeypatch.setenv("DATABASE_URL", beatless_services.database_url)
     monkeypatch.setenv("DJANGO_SETTINGS_MODULE", "shop.settings_for_tests")
     found = outcomes(pytester, "--ds=shop.settings_for_tests")
-    assert found.pop("passed") == 3
+    assert (found.pop("passed"), found.pop("errors")) == (3, 1)
+    assert "The test has the mark django_db" in capsys.readouterr().out
     assert found.keys() <= {"warnings"}, found
