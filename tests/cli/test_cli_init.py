@@ -90,7 +90,7 @@ def test_a_new_project_is_formatted_and_has_everything_it_speaks_of(generated: P
     for name in names:
         assert (generated / name).exists(), name
     ignored = (generated / ".gitignore").read_text().split()
-    assert {".env", ".venv/"} <= {*ignored}  # the passwords of `make dev`
+    assert {".env", "dev.env", ".venv/"} <= {*ignored}  # the passwords of `make dev` and the docs
     for path in filter(Path.is_file, generated.rglob("*")):
         assert not re.search(rb"@[A-Z]+@", path.read_bytes()), path
 
