@@ -27,6 +27,7 @@ from beatless.orchestrator.requests import RunBody
 from beatless.orchestrator.settlement import Proposal
 from beatless.orchestrator.sure_writer import AWAY, NEVER
 from beatless.orchestrator.turns import HAND_BACK, IN_DOUBT, Answer, Turn, Turns
+from beatless.orchestrator.turnstile import Turnstile
 from beatless.outbox.clock import monotonic
 from beatless.outbox.faults import SimulatedCrash
 from beatless.outbox.observer import Observer, ignore
@@ -49,9 +50,6 @@ BACKLOG_S = 0.1
 
 BUSY_S = 0.2
 """Seconds of one turn after which the other runs are handed back."""
-
-GROUPS_AT_ONCE = 4
-"""Groups of very short bodies that the threads of a process execute at once."""
 
 VERY_SHORT_S = 0.001
 """Seconds below which a body has no time to wait for anything."""
@@ -312,38 +310,6 @@ class Group:
         except BaseException:
             self._members.remove(member)
             raise
-
-
-class Turnstile:
-    """Lets a few threads of a process execute groups of very short bodies at once, not all.
-
-    More would not execute more: they take the interpreter from one another, in the middle of what
-    others wait for. Threads whose bodies wait, for which a worker has many, do not come here.
-    """
-
-    def __init__(self) -> None:
-        self._free = threading.Semaphore(GROUPS_AT_ONCE)
-
-    @contextmanager
-    def passed(self, *, by: bool) -> Iterator[Callable[[], None]]:
-        """In this block this thread is one of them, unless it goes `by`.
-
-        It waits until it may. A call of what the block gets lets the next one in at once.
-        """
-        if by:
-            yield lambda: None
-            return
-        self._free.acquire()
-        inside = threading.Lock()
-
-        def leave() -> None:
-            if inside.acquire(blocking=False):
-                self._free.release()
-
-        try:
-            yield leave
-        finally:
-            leave()
 
 
 class GroupGuard:

@@ -22,7 +22,7 @@ from beatless.orchestrator.board import SLOTS, Board, slots_of
 from beatless.orchestrator.concurrent import ConcurrentExecutor
 from beatless.orchestrator.executor import Executor
 from beatless.orchestrator.fleet_watch import WORKER
-from beatless.orchestrator.group import GroupExecutor, GroupGuard, Turnstile, uncollected
+from beatless.orchestrator.group import GroupExecutor, GroupGuard, uncollected
 from beatless.orchestrator.group_commit import GroupCommit
 from beatless.orchestrator.heartbeat import Heartbeat
 from beatless.orchestrator.journal import Journal
@@ -35,6 +35,7 @@ from beatless.orchestrator.roster import Roster
 from beatless.orchestrator.run_report import ShownError
 from beatless.orchestrator.scope import Scope, no_scope
 from beatless.orchestrator.step_transaction import Transactions
+from beatless.orchestrator.turnstile import Turnstile
 from beatless.orchestrator.watchdog import Watchdog
 from beatless.outbox import forks
 from beatless.outbox.faults import CrashPoints

@@ -25,6 +25,7 @@ from beatless.orchestrator.board import CHILDREN, SLOTS, slots_of
 from beatless.orchestrator.observer import Claimed, Settled
 from beatless.orchestrator.pace import Pace
 from beatless.orchestrator.plan import Step
+from beatless.orchestrator.turnstile import GROUPS_AT_ONCE
 from beatless.outbox.faults import SimulatedCrash
 from beatless.outbox.observer import Signal
 from beatless.testing import Kit
@@ -626,7 +627,7 @@ def test_few_threads_execute_groups_of_very_short_bodies_at_once(
 
     monkeypatch.setattr(together.worker, "_guard", Watching())
     ACTS.update(dict.fromkeys("ab", lambda _: free_places(together)))
-    most = groups.GROUPS_AT_ONCE
+    most = GROUPS_AT_ONCE
     assert together.results(together.execute("a", "b")) == [most, most]
     monkeypatch.setattr(Known, "of_each_s", 0.0)
     assert together.results(together.execute("a", "b")) == [most - 1, most - 1]
