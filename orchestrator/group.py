@@ -482,6 +482,7 @@ class GroupExecutor:
             if members[0].lease.following is not None:
                 self.executor.go_on(members[0].lease)
             return
+        self.executor.goes_on_until = 0.0  # nobody here would execute what an end has claimed
         group = Group(
             self.executor, self.statement, members, own_work=self._own_work, on_long=leave
         )

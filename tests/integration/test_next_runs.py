@@ -13,7 +13,7 @@ from beatless.orchestrator import lease as leases
 from beatless.orchestrator.observer import Claimed
 from beatless.outbox.observer import Signal
 from beatless.testing import Kit
-from tests.integration.test_groups import Known
+from tests.integration.test_groups import Known, be_patient
 from tests.integration.test_races import at_once
 from tests.integration.test_run_limits import assert_idle, parked, slots
 
@@ -48,6 +48,7 @@ def beatless_plans() -> list[Plan]:
         Plan("both", [act], limits=[ONE, Limit("two", at_once=2)]),
         Plan("free", [act]),
         Plan("holds", [hold]),
+        Plan("ends", [act, hold], limits=[ONE]),
         function,
     ]
 
@@ -145,6 +146,24 @@ def test_the_slot_of_a_step_is_passed_on_with_the_end_of_its_run(
     beatless.drain_outbox_once()  # what those that found no slot have noted
     assert_idle(postgres)
     beatless.verify()
+
+
+def test_the_end_of_a_run_beside_others_claims_none(
+    beatless: Kit, worker: Worker, postgres: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its last boundary is written by itself, as that step has limits; the group is not left."""
+    be_patient(monkeypatch)
+    worker.worker.executor.pace = Known()
+    runs = started(beatless, "ends", "ends", "ends")
+    runs.append(beatless.start_run("free").run_id)
+    worker.worker.execute(beatless.app.plans["free"], "none", 1)  # in a backlog from now on
+
+    assert worker.deliver(runs[0]) == [runs[0], runs[2]]
+
+    assert slots(postgres) == []
+    assert state(postgres, runs[1]) == "waiting"
+    beatless.work_until_idle()
+    assert_idle(postgres)
 
 
 def pause(kit: Kit) -> None:
