@@ -387,18 +387,21 @@ class GroupExecutor:
         plans: Mapping[str, Plan],
         *,
         max_runs: int,
+        goes_on: bool,
         guard: GroupGuard,
         turnstile: Turnstile,
         own_work: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         """`max_runs` is how many runs a group has at most, and `plans` may be in one.
 
+        `goes_on`: ends of runs that have waited for a slot claim the next ones, for `GOES_ON_S`.
         `own_work` is as of `Group`. Guard and turnstile are those of the process.
         """
         self.executor = executor
         self.statement = GroupCommit(executor.journal.schema)
         self._plans = plans
         self._max_runs = max_runs
+        self._goes_on = goes_on
         self._guard = guard
         self._turnstile = turnstile
         self._own_work = own_work
@@ -413,7 +416,7 @@ class GroupExecutor:
         now = monotonic()
         in_backlog = now < self._lull_at
         self._lull_at = 0.0
-        self.executor.goes_on_until = now + GOES_ON_S
+        self.executor.goes_on_until = now + GOES_ON_S if self._goes_on else 0.0
         try:
             return self._execute(plan, run_id, dispatch, in_backlog=in_backlog)
         finally:

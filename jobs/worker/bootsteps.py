@@ -67,6 +67,7 @@ class GroupLimit(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery has n
         super().__init__(worker, **options)
         if worker.max_tasks_per_child:
             self.executors.max_group_runs = 1
+            self.executors.goes_on = False
 
 
 class FastPoolRepair(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery has no types

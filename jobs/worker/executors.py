@@ -89,6 +89,8 @@ class Executors:
         self._faults = faults
         self.plans = plans
         self.max_group_runs = settings.worker_group_runs
+        self.goes_on = True
+        """Whether the task of a message also executes runs that the end of its run has claimed."""
         self._mutex = threading.Lock()
         self._pid = 0
         self._worker = ""
@@ -221,6 +223,7 @@ class Executors:
             executor,
             self.plans,
             max_runs=min(self.max_group_runs, self._slots),
+            goes_on=self.goes_on,
             guard=self._guard,
             turnstile=self._turnstile,
             # Where other threads have bodies meanwhile, the collector works for them.

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from types import SimpleNamespace
 from typing import Any
 
 import psycopg
@@ -13,6 +14,7 @@ from beatless.orchestrator import lease as leases
 from beatless.orchestrator.observer import Claimed
 from beatless.outbox.observer import Signal
 from beatless.testing import Kit
+from beatless.worker.bootsteps import GroupLimit
 from tests.integration.test_groups import Known, be_patient
 from tests.integration.test_races import at_once
 from tests.integration.test_run_limits import assert_idle, parked, slots
@@ -264,6 +266,19 @@ def test_a_worker_goes_on_for_some_time_only(
     runs = started(beatless, "one", "one", "one")
 
     assert worker.deliver(runs[0]) == runs[:1]
+
+
+def test_where_celery_counts_tasks_the_end_of_a_run_claims_none(
+    beatless: Kit, worker: Worker, beatless_app: App
+) -> None:
+    """With `--max-tasks-per-child`, which is a number of runs."""
+    runs = started(beatless, "one", "one", "one")
+    GroupLimit.of(beatless_app.executors)(SimpleNamespace(max_tasks_per_child=1, steps=[]))
+    other = Worker(beatless)
+
+    assert other.deliver(runs[0]) == runs[:1]
+
+    other.worker.executor.disconnect()
 
 
 def test_a_claim_that_would_wait_for_another_is_left_out_and_the_end_is_not(
