@@ -20,6 +20,7 @@ from beatless.orchestrator.inbox import Inbox
 from beatless.orchestrator.limit import RunLimit
 from beatless.orchestrator.options import OPTION_SQL
 from beatless.orchestrator.progress import GIVEN_BACK, SUSPECT, UNCOUNTED
+from beatless.orchestrator.queues import PRESENCE_EXPIRES_S
 from beatless.orchestrator.records import Run
 from beatless.orchestrator.state import RunState
 from beatless.outbox.clock import monotonic
@@ -160,6 +161,7 @@ class Leases:
             lock_timeout_ms=round(LOCK_TIMEOUT_S * 1000),
             looked_at=LOOKED_AT,
             looked_back=LOOKED_BACK,
+            presence_expires_s=PRESENCE_EXPIRES_S,
             run_options=OPTION_SQL["run_options"],
         )
 

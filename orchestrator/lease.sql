@@ -10,9 +10,9 @@ SELECT pg_advisory_xact_lock_shared({claim_fence}::int4, 0),
 
 -- name: fence_behind_end
 -- The same in a transaction that has ended a run, whose row and slots others want: waits so many
--- milliseconds for a lock.
-SELECT pg_advisory_xact_lock_shared({claim_fence}::int4, 0),
-       set_config('lock_timeout', %(milliseconds)s, true)
+-- milliseconds for a lock, and for the fence as well.
+SELECT set_config('lock_timeout', %(milliseconds)s, true),
+       pg_advisory_xact_lock_shared({claim_fence}::int4, 0)
 
 -- name: limit_lock_wait
 -- Wait for no lock for long, in this transaction.
@@ -183,7 +183,9 @@ WITH own AS (
         WHERE s.state = 'sent' AND s.reason <> 'slot'
           AND s.queue = ANY(ARRAY(SELECT r.queue UNION ALL
                                   SELECT unnest(w.queues) FROM {schema}.workers w
-                                   WHERE r.queue = ANY(w.queues)))
+                                   WHERE r.queue = ANY(w.queues)
+                                     AND w.seen_at > clock_timestamp()
+                                           - make_interval(secs => {presence_expires_s})))
           AND extract(epoch FROM s.due_at - clock_timestamp())
               NOT BETWEEN %(redispatch)s - %(moment)s AND %(redispatch)s)
 ), lane AS (

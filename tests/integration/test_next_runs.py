@@ -212,6 +212,7 @@ def test_no_run_is_claimed_out_of_turn(
         ("default", 50, "start", False),
         ("other", 50, "start", False),
         ("strange", 50, "start", True),
+        ("gone", 50, "start", True),
         ("default", 1000, "start", True),
         ("default", 2000, "start", False),
         ("default", 50, "slot", True),
@@ -227,15 +228,18 @@ def test_messages_that_wait_for_a_worker_of_the_queue_come_first(
     reason: str,
     goes_on: bool,
 ) -> None:
-    """Those of all queues that its workers have; not those that were sent just now.
+    """Those of all queues that its workers have, but one that has told nothing for long; not those
+    that were sent just now.
 
     One that is due after more than the redispatch time was looked for, and is in the broker still.
     """
     monkeypatch.setattr(leases, "MOMENT_S", 900.0)
     worker.worker.executor.redispatch_s = 1000.0
     postgres.execute(
-        "INSERT INTO workers (worker, hostname, queues, processes, version) "
-        "VALUES ('w1', 'w1', '{default,other}', 4, '1'), ('w2', 'w2', '{strange}', 4, '1')"
+        "INSERT INTO workers (worker, hostname, queues, processes, version, seen_at) "
+        "SELECT name, name, queues, 4, '1', clock_timestamp() + hours * interval '1 h' "
+        "FROM (VALUES ('w1', '{default,other}'::text[], 1), ('w2', '{strange}', 1), "
+        "('w3', '{default,gone}', -1)) w(name, queues, hours)"
     )
     runs = started(beatless, "one", "one", "one")
     message = beatless.start_run("free", queue=queue).run_id
@@ -313,6 +317,25 @@ def test_a_claim_that_would_wait_for_another_is_left_out_and_the_end_is_not(
     beatless.work_until_idle()
     assert beatless.client.get_run(runs[1]).state is RunState.COMPLETED
     assert_idle(postgres)
+
+
+def test_a_claim_that_would_wait_for_a_pause_is_left_out_and_the_end_is_not(
+    beatless: Kit, beatless_app: App, worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of an older version, which holds the fence alone."""
+    monkeypatch.setattr(leases, "NEXT_LOCK_TIMEOUT_S", 0.05)
+    runs = started(beatless, "one", "one", "one", input="pause")
+    queues = f"'{beatless_app.settings.schema}.queues'::regclass::oid::int4"
+    with closing(beatless_app.executors.connect()) as other:
+
+        def pause(_: StepContext) -> None:
+            other.execute("BEGIN")
+            other.execute(f"SELECT pg_advisory_xact_lock({queues}, 0)".encode())
+
+        ACTS["pause"] = pause
+        assert worker.deliver(runs[0]) == runs[:1]
+        assert beatless.client.get_run(runs[0]).state is RunState.COMPLETED
+        other.execute("ROLLBACK")
 
 
 def test_a_run_whose_other_limit_is_full_waits_for_that(
