@@ -430,12 +430,13 @@ class GroupExecutor:
         with self._turnstile.passed(
             by=not (in_backlog and self._are_very_short(first_steps))
         ) as leave:
+            takes_others = in_backlog and not executor.stopping.is_set()  # it may have waited
             return self._claim_and_work(
                 plan,
                 run_id,
                 dispatch,
                 first_steps=first_steps,
-                places=self._most_runs(first_steps) - 1 if in_backlog else 0,
+                places=self._most_runs(first_steps) - 1 if takes_others else 0,
                 leave=leave,
             )
 

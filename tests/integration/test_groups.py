@@ -640,6 +640,25 @@ def test_few_threads_execute_groups_of_very_short_bodies_at_once(
     assert free_places(together) == most
 
 
+def test_a_worker_that_has_begun_to_stop_meanwhile_takes_no_further_runs(
+    together: Together, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While its thread has waited until it may execute a group."""
+
+    @contextmanager
+    def passed(*, by: bool) -> Iterator[Callable[[], None]]:
+        together.executor.stopping = threading.Event()
+        together.executor.stopping.set()
+        yield lambda: None
+
+    monkeypatch.setattr(together.worker, "_turnstile", SimpleNamespace(passed=passed))
+    ids = together.execute("a", "b")
+    assert together.states(ids) == [RunState.QUEUED] * 2
+    assert [together.kit.client.get_run(run_id).attempt for run_id in ids] == [1, 0]
+    together.executor.stopping = threading.Event()
+    together.finish(ids)
+
+
 def test_a_step_that_was_never_seen_is_tried_beside_others(
     together: Together, written: list[int]
 ) -> None:
