@@ -267,7 +267,7 @@ class Leases:
                 "plans": list(first_steps),
                 "firsts": list(first_steps.values()),
                 "redispatch": redispatch_s,
-                "moment": MOMENT_S,
+                "just_sent": redispatch_s - MOMENT_S,
             },
         )
         return lambda: next((_lease(row) for row in claimed.fetchall()), None)

@@ -181,16 +181,15 @@ WITH own AS (
      AND NOT EXISTS (
        SELECT FROM {schema}.dispatches s
         WHERE s.state = 'sent' AND s.reason <> 'slot'
-          AND s.queue = ANY(ARRAY(SELECT r.queue UNION ALL
-                                  SELECT unnest(w.queues) FROM {schema}.workers w
-                                   WHERE r.queue = ANY(w.queues)
-                                     AND w.seen_at > clock_timestamp()
-                                           - make_interval(secs => {presence_expires_s})))
+          AND s.queue = ANY(r.queue || ARRAY(
+                SELECT unnest(w.queues) FROM {schema}.workers w
+                 WHERE r.queue = ANY(w.queues)
+                   AND w.seen_at > now() - interval '{presence_expires_s} s'))
           AND extract(epoch FROM s.due_at - clock_timestamp())
-              NOT BETWEEN %(redispatch)s - %(moment)s AND %(redispatch)s)
+              NOT BETWEEN %(just_sent)s AND %(redispatch)s)
 ), lane AS (
   {first_lane}
-), taken AS MATERIALIZED (
+), taken AS (
   SELECT * FROM (
   SELECT r.*, d.shard, (%(firsts)s::text[])[array_position(%(plans)s::text[], d.task)] AS first
     FROM ({first_waiting}) d

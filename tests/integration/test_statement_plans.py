@@ -123,7 +123,7 @@ TYPES = {
     "lost_after_s": "float8",
     "max_wait": "float8",
     "jitter": "float8",
-    "moment": "float8",
+    "just_sent": "float8",
     "moves": "bool",
     "n": "smallint",
     "n_cancelled": "smallint",
