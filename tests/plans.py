@@ -395,6 +395,8 @@ def multiply(ctx: StepContext) -> dict[str, list[int]]:
     for method in ("fork", "spawn", "forkserver"):
         with multiprocessing.get_context(method).Pool(1) as pool:
             results[method] = pool.map(abs, [-1, -2])
+            pool.close()  # or the block's end is a SIGTERM, which coverage answers in a handler
+            pool.join()
     with ProcessPoolExecutor(1) as executor:
         results["executor"] = list(executor.map(abs, [-3, -4]))
     with multiprocessing.Manager() as manager:

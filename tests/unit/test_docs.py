@@ -86,9 +86,10 @@ def test_the_page_about_http_names_every_type_of_event_to_readers_and_to_browser
 
 def test_the_client_in_a_browser_of_the_page_about_http_is_that_of_the_examples() -> None:
     text = (ROOT / "docs" / "http.md").read_text()
-    shown = re.findall(r"```js\n((?:const TYPES|function followAll).*?)```", text, flags=re.DOTALL)
-    _, _, code = (ROOT / "examples" / "follow.js").read_text().partition("\n")
-    assert code == "\n".join(shown)
+    for file, begin in (("follow.js", "const TYPES"), ("follow_all.js", "function followAll")):
+        (shown,) = re.findall(rf"```js\n({begin}.*?)```", text, flags=re.DOTALL)
+        _, _, code = (ROOT / "examples" / file).read_text().partition("\n")
+        assert code == shown
 
 
 def test_the_page_of_the_template_listens_to_every_type_of_event() -> None:
