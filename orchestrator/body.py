@@ -32,42 +32,32 @@ def call_body(
     """
     began = monotonic()
     try:
-        return _called(step, context, attempt, loop, wait)
+        if not isinstance(context, AsyncStepContext):
+            value = in_one_process(step, context)
+            if inspect.iscoroutine(value):
+                value.close()
+                raise Fatal(
+                    f"step {step.name} is an ordinary function that returns a coroutine: perhaps a "
+                    "decorator hides that it is async; make the function that it gives async def"
+                )
+            return value
+
+        async def body() -> Any:
+            await before_async_body()
+            try:
+                return await step.function(context)
+            finally:
+                await context.drained()
+
+        task = loop.begin(body, name=f"{context.run_id} {context.step}", leave_copy=leave_copy)
+        attempt.runs_as(task)
+        try:
+            return wait(task.done)
+        finally:
+            if not task.done.done():  # a signal ends this process
+                task.cancel()
     finally:
         attempt.taken_s = monotonic() - began
-
-
-def _called(
-    step: Step,
-    context: StepContext,
-    attempt: Attempt,
-    loop: LoopThread,
-    wait: Callable[[Future[Any]], Any],
-) -> Any:
-    if not isinstance(context, AsyncStepContext):
-        value = in_one_process(step, context)
-        if inspect.iscoroutine(value):
-            value.close()
-            raise Fatal(
-                f"step {step.name} is an ordinary function that returns a coroutine: perhaps a "
-                "decorator hides that it is async; make the function that it gives async def"
-            )
-        return value
-
-    async def body() -> Any:
-        await before_async_body()
-        try:
-            return await step.function(context)
-        finally:
-            await context.drained()
-
-    task = loop.begin(body, name=f"{context.run_id} {context.step}", leave_copy=leave_copy)
-    attempt.runs_as(task)
-    try:
-        return wait(task.done)
-    finally:
-        if not task.done.done():  # a signal ends this process
-            task.cancel()
 
 
 def in_one_process(step: Step, context: StepContext) -> Any:

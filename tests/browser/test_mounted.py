@@ -156,15 +156,22 @@ def test_the_client_of_the_page_about_http_needs_no_token_where_a_cookie_is_enou
         page.close()
 
 
-def test_the_client_of_the_page_about_http_follows_all_runs_and_shows_each_event_once(
-    beatless: Kit, open_page: Opener, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Each connection ends when it has given what there was, and the next one gives it again."""
+def host_that_ends_streams(beatless: Kit, monkeypatch: pytest.MonkeyPatch) -> FastAPI:
+    """An app with ours, whose visitors may read. It ends each stream when it has given what there
+    was."""
     monkeypatch.setattr(sse, "ROTATION_S", 0.0)
     monkeypatch.setattr(sse, "RETRY_MS", 20)
     host = FastAPI()
     host.mount(AT, create_api(beatless.app, authenticate=lambda _: Grant(scopes=[Right.RUNS_READ])))
     host.get("/", response_class=HTMLResponse)(lambda: '<link rel="icon" href="data:,">')
+    return host
+
+
+def test_the_client_of_the_page_about_http_follows_all_runs_and_shows_each_event_once(
+    beatless: Kit, open_page: Opener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each connection ends when it has given what there was, and the next one gives it again."""
+    host = host_that_ends_streams(beatless, monkeypatch)
     with hosting(host) as api:
         page = open_page()
         page.goto(f"{api.url}/")
@@ -220,12 +227,7 @@ def test_the_client_of_all_runs_comes_again_after_its_host_was_away(
     beatless: Kit, open_page: Opener, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An EventSource is closed for good by any answer but 200."""
-    monkeypatch.setattr(sse, "ROTATION_S", 0.0)
-    monkeypatch.setattr(sse, "RETRY_MS", 20)
-    app = FastAPI()
-    app.mount(AT, create_api(beatless.app, authenticate=lambda _: Grant(scopes=[Right.RUNS_READ])))
-    app.get("/", response_class=HTMLResponse)(lambda: '<link rel="icon" href="data:,">')
-    host = Restarted(app)
+    host = Restarted(host_that_ends_streams(beatless, monkeypatch))
     ended = "(run) => window.seen.some((e) => e.run_id === run && e.type === 'RunFinished')"
     with hosting(host) as api:
         page = open_page(expected="503 (Service Unavailable)")

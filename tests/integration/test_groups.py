@@ -565,26 +565,33 @@ def test_a_commit_of_several_runs_without_an_answer_is_neither_repeated_nor_lost
     proxied.kit.verify()
 
 
-def test_a_turn_does_not_last_while_its_process_is_held_up(
-    together: Together, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Among many threads each is late: to hand the others back would cost more than it spares."""
-    groups_seen: list[groups.Group] = []
+@pytest.fixture
+def unguarded(together: Together, monkeypatch: pytest.MonkeyPatch) -> list[groups.Group]:
+    """The groups of this worker, none of which a guard relieves."""
+    found: list[groups.Group] = []
 
     class Watching:
         @contextmanager
         def watching(self, group: groups.Group) -> Iterator[None]:
-            groups_seen.append(group)
+            found.append(group)
             yield
+
+    monkeypatch.setattr(together.worker, "_guard", Watching())
+    return found
+
+
+def test_a_turn_does_not_last_while_its_process_is_held_up(
+    together: Together, unguarded: list[groups.Group], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Among many threads each is late: to hand the others back would cost more than it spares."""
 
     def look(held_up_s: float) -> Callable[[StepContext], object]:
         def look(_: StepContext) -> object:
-            groups_seen[0].relieve(together.kit.app.executors.connect, held_up_s=held_up_s)
+            unguarded[-1].relieve(together.kit.app.executors.connect, held_up_s=held_up_s)
             return together.states(ids)
 
         return look
 
-    monkeypatch.setattr(together.worker, "_guard", Watching())
     monkeypatch.setattr(groups, "BUSY_S", 0.0)
     ACTS.update(a=look(600.0), b=look(0.0))
     ids = [together.kit.start_run("short", name).run_id for name in "abc"]
@@ -610,22 +617,14 @@ def free_places(together: Together) -> int:
 
 
 def test_few_threads_execute_groups_of_very_short_bodies_at_once(
-    together: Together, monkeypatch: pytest.MonkeyPatch
+    together: Together, unguarded: list[groups.Group], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """But none that has a run alone, or whose body lasts, keeps others from it."""
-    guards: list[groups.Group] = []
-
-    class Watching:
-        @contextmanager
-        def watching(self, group: groups.Group) -> Iterator[None]:
-            guards.append(group)
-            yield
 
     def last(_: StepContext) -> int:
-        guards[-1].relieve(together.kit.app.executors.connect)
+        unguarded[-1].relieve(together.kit.app.executors.connect)
         return free_places(together)
 
-    monkeypatch.setattr(together.worker, "_guard", Watching())
     ACTS.update(dict.fromkeys("ab", lambda _: free_places(together)))
     most = GROUPS_AT_ONCE
     assert together.results(together.execute("a", "b")) == [most, most]
