@@ -1,5 +1,6 @@
 """Turns of the groups of a queue, in the order in which messages leave for the broker."""
 
+import itertools
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
@@ -11,9 +12,11 @@ import psycopg
 import pytest
 
 from beatless import App, BadRequest, Limit, Plan, StepContext, step
+from beatless.client import RunRequest
 from beatless.client.client import Client
 from beatless.http import Client as HttpClient
 from beatless.outbox.drain import Drain
+from beatless.outbox.message import shard_of
 from beatless.outbox.queries import ALL_SHARDS, Queries
 from beatless.outbox.sessions import prepare_to_drain
 from beatless.testing import Kit
@@ -107,6 +110,16 @@ def line(
     postgres.execute("DELETE FROM dispatches")
 
 
+def start_evenly(kit: Kit, count: int, *, group: str, relays: int) -> None:
+    """Start runs of which each relay has as many: it gives turns among the runs of its shards."""
+    requests = []
+    for place in range(count):
+        names = (f"{group}-{place}-{number}" for number in itertools.count())
+        run_id = next(name for name in names if shard_of(name) % relays == place % relays)
+        requests.append(RunRequest(plan="known", run_id=run_id, group=group))
+    kit.client.start_runs(requests)
+
+
 def turns_of(sent: list[str | None], group: str | None) -> list[int]:
     return [place for place, each in enumerate(sent) if each == group]
 
@@ -132,11 +145,11 @@ def test_small_tenants_are_done_within_twice_their_time_alone(
 ) -> None:
     """Beside one whose runs were all started before."""
     line.hire(relays)
-    start(beatless, large, group="big")
+    start_evenly(beatless, large, group="big", relays=relays)
     line.fill()
     small = [f"small-{n}" for n in range(tenants)]
     for group in small:
-        start(beatless, each, group=group)
+        start_evenly(beatless, each, group=group, relays=relays)
     line.serve(at_once, most=3 * tenants * each + WINDOW)
 
     sent = line.groups(postgres)
