@@ -277,6 +277,8 @@ async def within(viewer: Viewer[Any], frame: Awaitable[T]) -> T:
     if viewer.deadline is None:
         return await frame
     try:
-        return await asyncio.wait_for(frame, viewer.left())
+        # Not wait_for: before Python 3.12 it swallows a cancellation that comes with the frame.
+        async with asyncio.timeout(viewer.left()):
+            return await frame
     except TimeoutError as error:
         raise viewer.too_late() from error

@@ -12,6 +12,7 @@ from redis.exceptions import RedisError
 
 from beatless.outbox.backoff import Backoff
 from beatless.outbox.clock import monotonic
+from beatless.streams.cancellation import kept_cancellation
 from beatless.streams.messages import why_without_redis
 from beatless.streams.subscription import (
     MESSAGES_AT_ONCE,
@@ -48,7 +49,8 @@ class AsyncSubscription:
                 # As in `Subscription`: with retries a lost connection is replaced in silence.
                 self._redis.connection_pool.connection_kwargs["retry"] = Retry(NoBackoff(), 0)
                 pubsub = self._redis.pubsub()
-                await pubsub.psubscribe(self._pattern)
+                with kept_cancellation():
+                    await pubsub.psubscribe(self._pattern)
                 while (message := await pubsub.get_message(timeout=None)) is not None:
                     if message["type"] == "psubscribe":
                         self._pubsub, self._failures, self._told = pubsub, 0, ""
@@ -93,7 +95,8 @@ class AsyncSubscription:
         """`messages` after a question that Redis answers with one; None without an answer too."""
         if self._pubsub is not None:
             try:
-                await self._pubsub.ping()
+                with kept_cancellation():
+                    await self._pubsub.ping()
             except (RedisError, OSError):
                 await self.aclose()
                 return None

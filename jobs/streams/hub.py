@@ -15,6 +15,7 @@ from beatless.outbox.backoff import Backoff
 from beatless.outbox.message import run_of
 from beatless.outbox.observer import Observer, ThreadFailed, ignore
 from beatless.outbox.threads import RESTART_S
+from beatless.streams.cancellation import kept_cancellation
 from beatless.streams.history import NO_HEAD, History
 from beatless.streams.messages import parse, why_without_redis
 from beatless.streams.observer import BackfillReason
@@ -52,7 +53,7 @@ class Hub:
         self._tasks: list[asyncio.Task[None]] = []
         self._pubsub: Any = None
         self._limit = asyncio.Timeout(None)
-        """Of the reader's present connection."""
+        """Of the present connection."""
         self._heard = False
         self._acknowledged: set[str] = set()
 
@@ -108,8 +109,9 @@ class Hub:
         if connection is None or not connection.is_connected:
             return  # the reader subscribes to everything when it has a connection again
         try:
-            async with asyncio.timeout(self.patience):
-                await connection.send_command(*words)
+            with kept_cancellation():
+                async with asyncio.timeout(self.patience):
+                    await connection.send_command(*words)
         except Exception as error:
             logger.debug("connection lost", extra={"action": "lost", "reason": str(error)})
             # The reader sees it too, at the latest now.
@@ -176,45 +178,57 @@ class Hub:
     async def _read(self) -> None:
         backoff, failures = Backoff(initial=0.1, cap=2.0), 0
         while self._mailboxes:
-            async with contextlib.AsyncExitStack() as opened:
-                try:
-                    client = self._client()
-                    opened.push_async_callback(client.aclose)
-                    client.connection_pool.connection_kwargs["retry"] = AsyncRetry(NoBackoff(), 0)
-                    pubsub = client.pubsub()
-                    opened.push_async_callback(pubsub.aclose)
-                    async with asyncio.timeout(self.patience) as self._limit:
-                        asked: set[str] = set()
-                        # Others may come while we wait for the connection: they count on us.
-                        while late := self._mailboxes.keys() - asked:
+            with kept_cancellation():
+                failures = await self._read_connection(failures)
+            if failures:
+                await asyncio.sleep(backoff.delay(failures))
+
+    async def _read_connection(self, failures: int) -> int:
+        """How many connections have failed one after the other: so many before this one."""
+        pubsub: Any = None
+        async with contextlib.AsyncExitStack() as opened:
+            try:
+                client = self._client()
+                opened.push_async_callback(client.aclose)
+                client.connection_pool.connection_kwargs["retry"] = AsyncRetry(NoBackoff(), 0)
+                pubsub = client.pubsub()
+                opened.push_async_callback(pubsub.aclose)
+                async with asyncio.timeout(self.patience) as limit:
+                    asked: set[str] = set()
+                    # Others may come while we wait for the connection: they count on us.
+                    while late := self._mailboxes.keys() - asked:
+                        with kept_cancellation():
                             await pubsub.subscribe(*late)
-                            asked |= late
-                        self._limit.reschedule(None)
-                        self._pubsub, self._heard = pubsub, True
-                        while self._mailboxes:
-                            message = await pubsub.get_message(timeout=None)
-                            if message is not None:
-                                failures, self._heard = 0, True
-                                self._deliver(message)
-                except Exception as error:
-                    # Any error: the streams of this loop wait for this task, each for ever.
-                    failures += 1
-                    logger.warning(
-                        "%s, streams read the journal",
-                        why_without_redis(error),
-                        extra={
-                            "action": "stream_without_redis",
-                            "reason": str(error) or f"no answer in {self.patience:g} s",
-                        },
-                    )
-                finally:
+                        asked |= late
+                    limit.reschedule(None)
+                    self._pubsub, self._limit, self._heard = pubsub, limit, True
+                    while self._mailboxes:
+                        if not pubsub.connection.is_connected:
+                            # By `_command`; redis-py would connect anew in silence.
+                            raise ConnectionResetError("it was closed while it was written to")
+                        message = await pubsub.get_message(timeout=None)
+                        if message is not None:
+                            failures, self._heard = 0, True
+                            self._deliver(message)
+            except Exception as error:
+                # Any error: the streams of this loop wait for this task, each for ever.
+                failures += 1
+                logger.warning(
+                    "%s, streams read the journal",
+                    why_without_redis(error),
+                    extra={
+                        "action": "stream_without_redis",
+                        "reason": str(error) or f"no answer in {self.patience:g} s",
+                    },
+                )
+            finally:
+                if self._pubsub in (None, pubsub):  # not that of a reader which came after us
                     self._pubsub = None
                     self._acknowledged.clear()
                     for boxes in self._mailboxes.values():
                         for mailbox in boxes:
                             mailbox.connected(live=False)
-            if failures:
-                await asyncio.sleep(backoff.delay(failures))
+        return failures
 
     def _deliver(self, message: dict[str, Any]) -> None:
         if message["type"] == "pong":

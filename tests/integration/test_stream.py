@@ -6,6 +6,7 @@ import socket
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from time import monotonic
 from typing import Any
 
@@ -484,6 +485,72 @@ def test_a_viewer_who_goes_before_redis_answers_leaves_the_next_one_no_dead_chan
                     return again.live, client.pubsub_numsub(channel)
 
     assert asyncio.run(follow()) == (True, [(channel.encode(), 1)])
+
+
+class Swallowing(aioredis.Connection):
+    """Its first write swallows a cancellation, as asyncio.wait_for can before Python 3.12."""
+
+    def __init__(self, *, written: asyncio.Event, cancelled: asyncio.Event, **options: Any) -> None:
+        super().__init__(**options)
+        self._written, self._cancelled, self.goes_on = written, cancelled, asyncio.Event()
+
+    async def send_packed_command(self, command: Any, check_health: bool = True) -> None:
+        await super().send_packed_command(command, check_health)
+        if self._written.is_set():
+            return
+        self._written.set()
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            self._cancelled.set()
+            await self.goes_on.wait()
+
+
+def test_a_viewer_who_goes_while_redis_is_connected_leaves_no_reader_behind(
+    beatless: Kit, beatless_app: App
+) -> None:
+    run_id = beatless.start_run("two_steps").run_id
+
+    async def follow() -> None:
+        written, cancelled = asyncio.Event(), asyncio.Event()
+        pools: list[aioredis.ConnectionPool] = []
+
+        def client() -> aioredis.Redis:
+            made = beatless_app.aredis()
+            pool = made.connection_pool
+            pool.connection_class = partial(Swallowing, written=written, cancelled=cancelled)
+            pools.append(pool)
+            return made
+
+        following = streams(
+            beatless_app, aredis_client=client, head_check=3600, without_redis=3600, patience=60
+        )
+        channel = following.channel(run_id)
+
+        def viewer(of: str) -> Mailbox:
+            return following._hub().subscribe(following.channel(of), of, 0, History(of, None))
+
+        async def view(of: str) -> None:
+            async with viewer(of) as mailbox:
+                await mailbox.ready(None)
+
+        gone = asyncio.create_task(view("gone"))
+        await written.wait()
+        gone.cancel()
+        await cancelled.wait()
+        async with viewer(run_id) as stays:
+            await stays.ready(None)
+            assert stays.live
+            for connection in pools[0]._in_use_connections:
+                connection.goes_on.set()
+            await asyncio.wait([gone])
+            async with viewer("next") as after:
+                await after.ready(None)
+                assert after.live
+            with beatless_app.redis() as redis_client:
+                assert redis_client.pubsub_numsub(channel) == [(channel.encode(), 1)]
+
+    asyncio.run(asyncio.wait_for(follow(), 60))
 
 
 def test_a_redis_that_accepts_and_never_answers_is_left_for_one_that_does(
