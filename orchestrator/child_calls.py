@@ -14,7 +14,6 @@ from beatless.orchestrator.errors import BadPayload, ChildFailed
 from beatless.orchestrator.events import Event, EventType, NewEvent, encode
 from beatless.orchestrator.function_plan import given_input
 from beatless.orchestrator.limit import limits_of
-from beatless.orchestrator.options import problem_with_key
 from beatless.orchestrator.outcomes import PlanError
 from beatless.orchestrator.plan import Plan
 from beatless.orchestrator.records import NewRun, Run, new_run_id
@@ -36,9 +35,6 @@ MOST_RIVALS = 1000
 PAGE_DIGEST = 100
 """Inputs, and digests, of a call that starts its children little by little: it has a digest for
 each hundred of its inputs, or for each hundredth of them. Part of the format of ChildrenStarted."""
-
-FAILURES = ("fail", "collect")
-"""The policies of a map: the first failure fails it, or is a member of its results."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,6 +147,8 @@ class ChildCall(Wait):
     deadline_s: float | None = None
     group: str | None = None
     """That of the children; None: their parent's."""
+    tags: Mapping[str, str] | None = None
+    """All of the children's; None: their parent's."""
     children: Children | None = None
     """Those that were started by another call."""
     started_by: str = ""
@@ -246,6 +244,7 @@ class ChildCall(Wait):
                 deadline_at=parent.deadline_at,
                 priority=parent.priority,
                 group=self.group or parent.group,
+                tags=parent.tags if self.tags is None else self.tags,
                 trace_context=trace_context,
                 parent_id=parent.run_id,
                 child_no=number,
@@ -314,20 +313,6 @@ def first_call(calls: Sequence[ChildCall], name: str) -> ChildCall:
             plan=calls[0].plan.name, first=numbers[0], count=len(numbers), rivals=numbers
         ),
     )
-
-
-def check_group(where: str, group: Any) -> None:
-    """Raises PlanError, naming the call, for a group that a run cannot have."""
-    if group is not None and (problem := problem_with_key(group)):
-        raise PlanError(f"{where}: group {problem}; without group= a child has that of its parent")
-
-
-def check_map(where: str, at_once: Any, failure: Any) -> None:
-    """Raises PlanError, naming the call, for options that a map does not have."""
-    if at_once is not None and (type(at_once) is not int or at_once < 1):
-        raise PlanError(f"{where}: at_once is {at_once!r}; give it a number from 1 on")
-    if failure not in FAILURES:
-        raise PlanError(f"{where}: failure is {failure!r}; choose {' or '.join(FAILURES)}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

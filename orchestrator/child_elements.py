@@ -1,18 +1,17 @@
 """Elements of a list of steps at which its runs start runs of other plans, and wait for these."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
 from beatless.orchestrator.child_calls import (
     ChildCall,
-    check_group,
-    check_map,
     check_plan,
     child_call,
     plain,
 )
+from beatless.orchestrator.child_options import check_group, check_map, child_tags
 from beatless.orchestrator.outcomes import Goto, PlanError
 from beatless.orchestrator.plan import Plan
 from beatless.orchestrator.step_body import unfinished
@@ -52,6 +51,8 @@ class ChildElement(Wait):
     deadline_s: float | None = None
     group: str | None = None
     """That of the children; None: their parent's."""
+    tags: Mapping[str, str] | None = field(default=None, hash=False)
+    """Of the children, beside those of their parent."""
     on_failure: Goto | None = None
     """The element that follows when a child has failed; None: the run fails."""
 
@@ -81,6 +82,7 @@ class ChildElement(Wait):
             collects=self.collects,
             deadline_s=self.deadline_s,
             group=self.group,
+            tags=child_tags(self.name, context.tags, self.tags),
         )
 
 
@@ -91,6 +93,7 @@ def child(
     input: Inputs | None = None,
     deadline: float | timedelta | None = None,
     group: str | None = None,
+    tags: Mapping[str, str] | None = None,
     on_failure: Goto | None = None,
 ) -> ChildElement:
     """An element of a plan that starts a run of another plan, and waits for its end.
@@ -101,9 +104,10 @@ def child(
     cancelled, the run goes on with `on_failure`, which finds the `type`, `message` and `run_id` of
     the failure as the result of the element; without it the run fails. The child ends by the
     deadline of the run; `deadline` (seconds or a timedelta) may be earlier. It has the group of the
-    run without `group`.
+    run without `group`, and the tags of the run; `tags` come beside them, or in place of one of the
+    same name.
 
-    Raises PlanError for a bad name, duration or group, and for anything but a plan.
+    Raises PlanError for a bad name, duration, group or tags, and for anything but a plan.
 
     >>> from beatless import Plan, child, step
     >>> @step
@@ -118,7 +122,7 @@ def child(
     where = f"child {name}"
     seconds = None if deadline is None else seconds_of_wait(f"{where}: deadline", deadline)
     return _element(
-        where, name, plan, input, on_failure, alone=True, deadline_s=seconds, group=group
+        where, name, plan, input, on_failure, alone=True, deadline_s=seconds, group=group, tags=tags
     )
 
 
@@ -130,6 +134,7 @@ def map_(
     at_once: int | None = None,
     failure: str = "fail",
     group: str | None = None,
+    tags: Mapping[str, str] | None = None,
     on_failure: Goto | None = None,
 ) -> ChildElement:
     """An element of a plan that starts a run of another plan for each of several inputs.
@@ -139,7 +144,7 @@ def map_(
     are unfinished at a time. With `failure="fail"` the first child that fails has the others
     cancelled, and the run goes on with `on_failure`, or fails, once these have ended; with
     "collect" the list has a ChildFailed in its place. The children have the group of the run
-    without `group`.
+    without `group`, and its tags, with `tags` beside them.
 
     Raises PlanError for a bad name and bad options, and for anything but a plan.
 
@@ -163,6 +168,7 @@ def map_(
         at_once=at_once,
         collects=failure == "collect",
         group=group,
+        tags=tags,
     )
 
 
@@ -179,6 +185,7 @@ def _element(
     check_name(name)
     check_plan(plan)
     check_group(where, options.get("group"))
+    child_tags(where, {}, options.get("tags"))
     if inputs is not None and not callable(inputs):
         raise PlanError(
             f"{where}: its input is {inputs!r:.200}; give it a function of the run so far, as in "

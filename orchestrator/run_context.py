@@ -5,7 +5,7 @@ import inspect
 import random
 import sys
 import uuid
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from functools import wraps
@@ -16,17 +16,16 @@ from beatless.orchestrator.child_calls import (
     ChildCall,
     Children,
     ChildResults,
-    check_group,
-    check_map,
     child_call,
     first_call,
     plain,
 )
+from beatless.orchestrator.child_options import check_map, options_of_call
 from beatless.orchestrator.outcomes import PlanError
 from beatless.orchestrator.plan import Plan, PlanContext, Step
 from beatless.orchestrator.records import Run
 from beatless.orchestrator.replay import Call, Mismatch, Outcome, Replay
-from beatless.orchestrator.waits import approve, seconds_of_wait, sleep_of, wait
+from beatless.orchestrator.waits import approve, sleep_of, wait
 
 Input = TypeVar("Input")
 Method = TypeVar("Method", bound=Callable[..., Any])
@@ -217,16 +216,18 @@ class RunContext(PlanContext, Generic[Input]):
         detach: bool = False,
         deadline: float | timedelta | None = None,
         group: str | None = None,
+        tags: Mapping[str, str] | None = None,
     ) -> Any:
         """Start a run of another plan, and go on: a `Child`, whose `.result()` waits for its end.
 
-        It has the namespace, priority and trace of this run, and its group without `group`. It ends
-        by its deadline; `deadline` (seconds or a timedelta) may be earlier. A run that ends cancels
-        its unfinished children, apart from those with `detach=True`. The calls are named like the
-        plan, and counted as those of steps. In an `async def` plan this is awaited.
+        It has the namespace, priority and trace of this run, its group without `group`, and its
+        tags; `tags` come beside them, or in place of one of the same name. It ends by its deadline;
+        `deadline` (seconds or a timedelta) may be earlier. A run that ends cancels its unfinished
+        children, apart from those with `detach=True`. The calls are named like the plan, and
+        counted as those of steps. In an `async def` plan this is awaited.
 
-        Raises PlanError for anything but a plan and for a bad duration or group, and BadPayload for
-        an input that the plan does not take.
+        Raises PlanError for anything but a plan and for a bad duration, group or tags, and
+        BadPayload for an input that the plan does not take.
 
         >>> from beatless import Plan, RunContext, plan, step
         >>> @step
@@ -238,11 +239,8 @@ class RunContext(PlanContext, Generic[Input]):
         ...     second = run.child(invoice, {"customer": 2})
         ...     return [first.result(), second.result()]
         """
-        seconds = None if deadline is None else seconds_of_wait("run.child: deadline", deadline)
-        check_group("run.child", group)
-        call = child_call(
-            plan, [plain(input)], alone=True, detached=detach, deadline_s=seconds, group=group
-        )
+        options = options_of_call("run.child", self.tags, group=group, tags=tags, deadline=deadline)
+        call = child_call(plan, [plain(input)], alone=True, detached=detach, **options)
         found = self._replay.children(call, id)
         occurrence = self._replay.last_name
 
@@ -261,6 +259,7 @@ class RunContext(PlanContext, Generic[Input]):
         at_once: int | None = None,
         failure: str = "fail",
         group: str | None = None,
+        tags: Mapping[str, str] | None = None,
         id: str | None = None,
     ) -> Any:
         """Start a run of a plan for each input, and wait until all have ended: their results.
@@ -283,10 +282,10 @@ class RunContext(PlanContext, Generic[Input]):
         ...     return {"files": run.map(thumbnail, run.input["photos"], at_once=20)}
         """
         check_map("run.map", at_once, failure)
-        check_group("run.map", group)
+        options = options_of_call("run.map", self.tags, group=group, tags=tags)
         # Walked through each time it starts further ones: only if it can have such results in it.
         given = plain(list(inputs)) if self._gave_results else list(inputs)
-        call = child_call(plan, given, at_once=at_once, collects=failure == "collect", group=group)
+        call = child_call(plan, given, at_once=at_once, collects=failure == "collect", **options)
         return self._answer(self._replay.children(call, id), self._results)
 
     @_options_by_name

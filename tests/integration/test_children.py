@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from itertools import islice
 from typing import Any
 
 import psycopg
@@ -22,10 +23,12 @@ from beatless import (
     step,
 )
 from beatless.orchestrator import children
-from beatless.orchestrator.child_calls import check_group, check_map, child_call
+from beatless.orchestrator.child_calls import child_call
+from beatless.orchestrator.child_options import check_group, check_map, child_tags
 from beatless.orchestrator.children import CancelsChildren, ChildRuns
 from beatless.orchestrator.function_boundaries import MAX_TAKEOVERS
 from beatless.orchestrator.journal import Journal
+from beatless.orchestrator.options import TAGS_BYTES
 from beatless.orchestrator.plan import PlanError
 from beatless.orchestrator.retention import REST_S, Retention
 from beatless.outbox.waking import Woken
@@ -90,15 +93,16 @@ def turns(run: RunContext[Any]) -> Any:
 
 @plan("grouped")
 def grouped(run: RunContext[Any]) -> Any:
-    run.map(parcel, run.input, group="bulk")
-    return [run.child(parcel, 3, group="alone").result(), run.child(parcel, 4).result()]
+    run.map(parcel, run.input, group="bulk", tags={"size": "s"})
+    alone = run.child(parcel, 3, group="alone", tags={"shop": "us"})
+    return [alone.result(), run.child(parcel, 4).result()]
 
 
 grouped_list = Plan(
     "grouped_list",
     [
-        map_("many", parcel, group="bulk"),
-        child("alone", parcel, input=lambda ctx: 3, group="alone"),
+        map_("many", parcel, group="bulk", tags={"size": "s"}),
+        child("alone", parcel, input=lambda ctx: 3, group="alone", tags={"shop": "us"}),
         child("own", parcel, input=lambda ctx: 4),
     ],
 )
@@ -645,9 +649,7 @@ def test_an_ended_run_cancels_its_unfinished_children_unless_they_are_detached(
     assert child.state.value == state
 
 
-def test_a_child_has_the_deadline_priority_and_group_of_its_parent_but_not_its_tags(
-    beatless: Kit,
-) -> None:
+def test_a_child_has_the_deadline_priority_group_and_tags_of_its_parent(beatless: Kit) -> None:
     by_its_own = parked(beatless, "leaves", "attached")
     options = {"deadline": 60, "priority": 7, "group": "ada", "tags": {"shop": "eu"}}
     by_its_parents = parked(beatless, "leaves", "attached", **options)
@@ -657,17 +659,56 @@ def test_a_child_has_the_deadline_priority_and_group_of_its_parent_but_not_its_t
     (child,) = beatless.client.children(by_its_parents)
     parent = beatless.client.get_run(by_its_parents)
     assert (child.deadline_at, child.priority) == (parent.deadline_at, 7)
-    assert (child.group, child.tags, parent.tags) == ("ada", {}, {"shop": "eu"})
+    assert (child.group, child.tags) == ("ada", {"shop": "eu"})
 
 
 @pytest.mark.parametrize("way", ["grouped", "grouped_list"])
-def test_children_have_the_group_that_their_call_gives(beatless: Kit, way: str) -> None:
-    run_id = beatless.start_run(way, [1, 2], group="ada").run_id
+def test_children_have_the_group_and_the_tags_that_their_call_gives(
+    beatless: Kit, way: str
+) -> None:
+    tags = {"shop": "eu"}
+    run = beatless.start_run(way, [1, 2], group="ada", tags=tags)
+    run_id = run.run_id
     beatless.work_until_idle()
 
     assert state_of(beatless, run_id) == "completed"
-    found = [child.group for child in beatless.client.children(run_id)]
-    assert found == ["bulk", "bulk", "alone", "ada"]
+    children = beatless.client.children(run_id)
+    many = ("bulk", {"shop": "eu", "size": "s"})
+    assert [(each.group, each.tags) for each in children] == [
+        *(many, many),
+        ("alone", {"shop": "us"}),
+        ("ada", tags),
+    ]
+    chosen = {run_id, *(each.run_id for each in children if each.tags["shop"] == "eu")}
+    assert {each.run_id for each in beatless.client.list_runs(tags=tags)} == chosen
+    tail = beatless.client.tail(tags=tags, event="RunFinished", since=run.created_at, timeout=60)
+    assert {told.event.run_id for told in islice(tail, len(chosen))} == chosen
+    tail.close()
+
+
+@pytest.mark.parametrize("way", ["grouped", "grouped_list"])
+def test_tags_that_are_too_long_with_those_of_the_parent_fail_the_run(
+    beatless: Kit, way: str
+) -> None:
+    run_id = beatless.start_run(way, [1, 2], tags={"x": "x" * (TAGS_BYTES - 1)}).run_id
+    beatless.work_until_idle()
+
+    error = beatless.client.get_run(run_id).error
+    assert error is not None
+    assert "tags, with those of the parent, are longer than" in error["message"]
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: child("one", parcel, tags={"shop": 1}),  # type: ignore[dict-item]
+        lambda: map_("one", parcel, tags="shop"),  # type: ignore[arg-type]
+        lambda: child_tags("one", {}, {"x": "\0"}),
+    ],
+)
+def test_bad_tags_of_children_are_refused(call: Callable[[], object]) -> None:
+    with pytest.raises(PlanError, match=r"one: tags (must map|is)"):
+        call()
 
 
 @pytest.mark.parametrize(
