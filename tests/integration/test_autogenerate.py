@@ -1,14 +1,25 @@
 """Alembic's autogenerate of a project beside ours."""
 
+import re
+import sys
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
+import psycopg
 import pytest
+from alembic import command
 from alembic.autogenerate import compare_metadata
+from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
-from sqlalchemy import Column, Integer, MetaData, Table
+from sqlalchemy import Column, Integer, MetaData, Table, create_engine, inspect, make_url
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from beatless import App
 from beatless.autogenerate import OURS, include_name, include_object
+from beatless.migrations import migrate
 
 
 def differences(app: App, metadata: MetaData, **options: Any) -> list[tuple[str, str, str]]:
@@ -66,3 +77,72 @@ def test_tables_in_the_default_schema_have_no_schema_for_alembic() -> None:
     assert included("runs", "table", {"schema_name": "shop"})
     assert included("orders", "table", {"schema_name": None})
     assert include_name()("runs", "table", {"schema_name": None})
+
+
+ENV_PY = re.search(
+    r"```python\n(# migrations/env\.py\n.*?)```",
+    (Path(__file__).parents[2] / "docs" / "adopting.md").read_text(),
+    re.DOTALL,
+)
+
+
+class Base(DeclarativeBase):
+    pass
+
+
+class Order(Base):
+    __tablename__ = "orders"
+    id: Mapped[int] = mapped_column(primary_key=True)
+
+
+@pytest.fixture
+def database_url(beatless_app: App) -> Iterator[str]:
+    """A database of the test's own: Alembic reads all schemas, and those of other tests go away."""
+    name = f"t_{uuid.uuid4().hex[:8]}"
+    url = make_url(beatless_app.settings.database_url)
+    admin = url.set(drivername="postgresql").render_as_string(hide_password=False)
+    with psycopg.connect(admin, autocommit=True) as connection:
+        connection.execute(f"CREATE DATABASE {name} TEMPLATE template0".encode())
+        there = url.set(drivername="postgresql+psycopg", database=name, query={})
+        yield there.render_as_string(hide_password=False)
+        connection.execute(f"DROP DATABASE {name} WITH (FORCE)".encode())
+
+
+def test_the_env_py_of_the_page_writes_and_runs_the_migrations_of_the_project_alone(
+    database_url: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    engine = create_engine(database_url)
+    with engine.connect() as connection:
+        migrate(engine, "beatless")
+        for name, value in {"config.DATABASE_URL": database_url, "db.Base": Base}.items():
+            module, _, attribute = name.partition(".")
+            store = ModuleType(f"store.{module}")
+            setattr(store, attribute, value)
+            monkeypatch.setitem(sys.modules, f"store.{module}", store)
+        monkeypatch.setitem(sys.modules, "store", ModuleType("store"))
+        config = Config(tmp_path / "alembic.ini")
+        config.set_main_option("path_separator", "os")
+        command.init(config, str(tmp_path / "migrations"))
+        config.set_main_option("script_location", str(tmp_path / "migrations"))
+        assert ENV_PY is not None
+        (tmp_path / "migrations" / "env.py").write_text(ENV_PY[1])
+
+        command.revision(config, "orders", autogenerate=True)
+
+        (written,) = (tmp_path / "migrations" / "versions").glob("*.py")
+        upgrade = written.read_text().partition("def upgrade")[2].partition("def downgrade")[0]
+        assert re.findall(r"op\.(\w+)\('(\w+)'", upgrade) == [("create_table", "orders")]
+        capsys.readouterr()
+        command.upgrade(config, "head", sql=True)
+        assert "CREATE TABLE orders" in capsys.readouterr().out
+        config.attributes["connection"] = connection
+        command.upgrade(config, "head")
+        connection.commit()
+        del config.attributes["connection"]
+        command.check(config)  # raises if there is anything left to write
+        assert inspect(engine).get_table_names() == ["alembic_version", "orders"]
+        assert set(inspect(engine).get_table_names(schema="beatless")) >= OURS
+    engine.dispose()

@@ -1,4 +1,4 @@
-"""docs/python.md: it names everything, and its recipes work as they stand there."""
+"""docs/python.md names everything; its recipes and those of docs/adopting.md work as they stand."""
 
 import inspect
 import json
@@ -22,10 +22,14 @@ from beatless.client import Client
 from beatless.testing import Kit
 from beatless.testing.servers import Services
 
-TEXT = (Path(__file__).parents[2] / "docs" / "python.md").read_text()
+DOCS = Path(__file__).parents[2] / "docs"
+TEXT = (DOCS / "python.md").read_text()
 BLOCKS = {
     match[1]: match[0]
-    for match in re.findall(r"```python\n(# (\S+?\.py)\b.*?)```", TEXT, re.DOTALL)
+    for page in ("python.md", "adopting.md")
+    for match in re.findall(
+        r"```python\n(# (\S+?\.py)\b.*?)```", (DOCS / page).read_text(), re.DOTALL
+    )
 }
 
 
