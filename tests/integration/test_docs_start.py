@@ -41,10 +41,11 @@ def test_the_project_of_the_page_works(
         path.write_text(text)
     (settings,) = re.findall(
         r"^```toml\n# pyproject.toml\n(.*?)^```",
-        (DOCS / "start.md").read_text(),
+        (DOCS / page).read_text(),
         re.DOTALL | re.MULTILINE,
     )
-    pytester.makepyprojecttoml(settings.replace("shop.runs:app", app))
+    assert f'"{app}"' in settings
+    pytester.makepyprojecttoml(settings)
 
     result = pytester.runpytest_subprocess(
         "-p", "beatless", "-p", "no:cacheprovider", "--beatless-services=external"
