@@ -71,6 +71,7 @@ if TYPE_CHECKING:  # read by type checkers and editors; `_MODULES` is the same a
     from beatless.orchestrator.state import RunState
     from beatless.orchestrator.undos import Undone
     from beatless.orchestrator.waits import approve, days, hours, minutes, sleep, wait
+    from beatless.problem import ProblemDocument, problem_of
     from beatless.settings import Settings
     from beatless.streams.tailed import TailedEvent
 
@@ -106,6 +107,7 @@ _MODULES = {
     "MigrationBlocked": "beatless.errors",
     "Plan": "beatless.orchestrator.plan",
     "PlanError": "beatless.orchestrator.outcomes",
+    "ProblemDocument": "beatless.problem",
     "QueueBusy": "beatless.errors",
     "Run": "beatless.orchestrator.records",
     "RunCancelled": "beatless.orchestrator.errors",
@@ -151,6 +153,7 @@ _MODULES = {
     "map_": "beatless.orchestrator.child_elements",
     "minutes": "beatless.orchestrator.waits",
     "plan": "beatless.orchestrator.function_plan",
+    "problem_of": "beatless.problem",
     "retry": "beatless.orchestrator.retry",
     "sleep": "beatless.orchestrator.waits",
     "step": "beatless.orchestrator.plan",
@@ -189,6 +192,7 @@ __all__ = [
     "MigrationBlocked",
     "Plan",
     "PlanError",
+    "ProblemDocument",
     "QueueBusy",
     "Run",
     "RunCancelled",
@@ -234,6 +238,7 @@ __all__ = [
     "map_",
     "minutes",
     "plan",
+    "problem_of",
     "retry",
     "sleep",
     "step",

@@ -21,8 +21,10 @@ from django.core import checks
 from django.core.exceptions import SynchronousOnlyOperation
 from django.core.management import call_command
 from django.db import connection, connections, transaction
-from django.test import TestCase, override_settings
+from django.http import HttpResponse
+from django.test import Client, TestCase, override_settings
 from django.test.utils import get_runner
+from django.urls import path
 from shop.models import Order
 from shop.orders import place_order
 from sqlalchemy import event
@@ -67,6 +69,28 @@ def test_in_a_coroutine_a_start_is_refused_as_djangos_own_queries_are(beatless, 
     connection.close()
     asyncio.run(view())
     assert len(beatless.client.list_runs()) == 1
+
+
+def runs_view(request, run_id):
+    return HttpResponse(client().get_run(run_id).state)
+
+
+def settings_view(request):
+    raise BadSetting("BEATLESS_SCHEMA", "is empty", "beatless")
+
+
+urlpatterns = [path("runs/<run_id>", runs_view), path("settings", settings_view)]
+
+
+@override_settings(
+    ROOT_URLCONF=__name__, MIDDLEWARE=["beatless.django.middleware.ProblemMiddleware"]
+)
+def test_the_middleware_answers_errors_of_beatless_and_no_others(beatless, db):
+    browser = Client(raise_request_exception=False)
+    found = browser.get("/runs/none")
+    assert (found.status_code, found["Content-Type"]) == (404, "application/problem+json")
+    assert found.json()["detail"] == "no run has id 'none'"
+    assert browser.get("/settings").status_code == 500
 
 
 def test_a_savepoint_that_is_rolled_back_takes_its_run_along(beatless, db):

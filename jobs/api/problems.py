@@ -10,58 +10,15 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
 from sqlalchemy import exc
+from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 
-from beatless.errors import (
-    BadRequest,
-    JobsError,
-    QueueBusy,
-    SchemaBehind,
-    StatementTimeout,
-    UnknownPlan,
-    Unreachable,
-    WrongEncoding,
-)
-from beatless.orchestrator.errors import (
-    AlreadyDecided,
-    ApprovalNotOpen,
-    BadPayload,
-    CannotRetry,
-    EventsPruned,
-    OrchestratorError,
-    RunConflict,
-    RunEnded,
-    RunIsActive,
-    RunNotFound,
-    ScheduleConflict,
-    ScheduleNotFound,
-    SignalConflict,
-)
+from beatless.errors import JobsError, Unreachable
+from beatless.orchestrator.errors import EventsPruned, OrchestratorError
 from beatless.orchestrator.events import NESTING
+from beatless.problem import MEDIA_TYPE, RETRY_AFTER, STATUSES, TRY_AGAIN, answer_to
 
 logger = logging.getLogger(__name__)
-
-STATUSES: dict[type[Exception], HTTPStatus] = {
-    AlreadyDecided: HTTPStatus.CONFLICT,
-    ApprovalNotOpen: HTTPStatus.CONFLICT,
-    BadPayload: HTTPStatus.UNPROCESSABLE_ENTITY,
-    BadRequest: HTTPStatus.UNPROCESSABLE_ENTITY,
-    CannotRetry: HTTPStatus.CONFLICT,
-    EventsPruned: HTTPStatus.GONE,
-    RunConflict: HTTPStatus.CONFLICT,
-    QueueBusy: HTTPStatus.CONFLICT,
-    RunEnded: HTTPStatus.CONFLICT,
-    RunIsActive: HTTPStatus.CONFLICT,
-    RunNotFound: HTTPStatus.NOT_FOUND,
-    ScheduleConflict: HTTPStatus.CONFLICT,
-    ScheduleNotFound: HTTPStatus.NOT_FOUND,
-    SignalConflict: HTTPStatus.CONFLICT,
-    SchemaBehind: HTTPStatus.SERVICE_UNAVAILABLE,
-    StatementTimeout: HTTPStatus.SERVICE_UNAVAILABLE,
-    UnknownPlan: HTTPStatus.NOT_FOUND,
-    Unreachable: HTTPStatus.SERVICE_UNAVAILABLE,
-    WrongEncoding: HTTPStatus.SERVICE_UNAVAILABLE,
-}
 
 
 class Problem(Exception):
@@ -98,8 +55,38 @@ def document(
         json.dumps({**content, "detail": detail, **members}),
         status_code=status.value,
         headers=headers,
-        media_type="application/problem+json",
+        media_type=MEDIA_TYPE,
     )
+
+
+def handle_errors(host: Starlette) -> None:
+    """Have routes of your own answer the errors of beatless as the mounted API does.
+
+    `host` is your FastAPI or Starlette app. An error that is no answer to a request, as
+    BadSetting, goes on as before: see `beatless.problem_of`, by which each is answered. A handler
+    of your own for one of them, as for RunNotFound, comes first.
+
+    >>> from beatless.api import handle_errors
+    >>> from fastapi import FastAPI
+    >>> from fastapi.testclient import TestClient
+    >>> host = FastAPI()
+    >>> handle_errors(host)
+    >>> @host.get("/orders/{number}")
+    ... def order(number: int):
+    ...     return app.client.get_run(f"order-{number}").state
+    >>> answer = TestClient(host).get("/orders/404")
+    >>> answer.status_code, answer.json()["detail"]
+    (404, "no run has id 'order-404'")
+    """
+
+    async def answer(request: Request, error: Exception) -> Response:
+        found = answer_to(error)
+        if found is None or request.scope["type"] != "http":
+            raise error
+        return Response(found.body, found.status, found.headers)
+
+    for kind in (JobsError, OrchestratorError):
+        host.add_exception_handler(kind, answer)
 
 
 def install(api: FastAPI) -> None:
@@ -120,8 +107,8 @@ def install(api: FastAPI) -> None:
                 "a request cannot be answered",
                 extra={"action": "unreachable", "server": error.server, "reason": error.reason},
             )
-            error = Unreachable(error.server, "try again in a moment")
-        headers = {"Retry-After": "2"} if status is HTTPStatus.SERVICE_UNAVAILABLE else None
+            error = Unreachable(error.server, TRY_AGAIN)
+        headers = RETRY_AFTER if status is HTTPStatus.SERVICE_UNAVAILABLE else None
         members = named(error)
         if isinstance(error, EventsPruned):
             members["oldest_seq"] = error.oldest

@@ -14,10 +14,17 @@ from fastapi.testclient import TestClient
 from sqlalchemy import String, select
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
-import beatless as package
-from beatless import AsyncStepContext, Plan, RunContext, RunState, StepContext, Unreachable, step
+from beatless import (
+    AsyncStepContext,
+    BadSetting,
+    Plan,
+    RunContext,
+    RunState,
+    StepContext,
+    Unreachable,
+    step,
+)
 from beatless.api import create_api
-from beatless.api.problems import STATUSES
 from beatless.client import Client
 from beatless.testing import Kit
 from beatless.testing.servers import Services
@@ -141,51 +148,73 @@ class TestFastAPI:
 
 
 class TestErrorsInRoutes:
+    """The recipes for errors of beatless in routes of one's own."""
+
     @pytest.fixture
     def beatless_plans(self) -> list[Plan]:
         return [Plan("checkout", [step(name="reserve")(lambda _: None)])]
 
-    @pytest.fixture
-    def recipe(self) -> dict[str, Any]:
+    def test_the_answers_are_those_of_the_mounted_api(
+        self, beatless: Kit, caplog: pytest.LogCaptureFixture
+    ) -> None:
         names: dict[str, Any] = {"__name__": "errors"}
         exec(BLOCKS["errors.py"], names)
-        return names
-
-    def test_the_statuses_are_those_of_the_mounted_api(self, recipe: dict[str, Any]) -> None:
-        public = {getattr(package, name) for name in package.__all__}
-        ours = {error: status for error, status in STATUSES.items() if error in public}
-        assert recipe["STATUSES"] == ours
-
-    def test_the_answers_are_those_of_the_mounted_api(
-        self, beatless: Kit, recipe: dict[str, Any]
-    ) -> None:
-        host = FastAPI()
+        host: FastAPI = names["host"]
         host.mount("/jobs", create_api(beatless.app, is_open=True))
-        recipe["install"](host)
 
         @host.get("/runs/{run_id}")
         def show(run_id: str) -> None:
             beatless.client.get_run(run_id)
 
         @host.post("/runs")
-        def start() -> None:
-            beatless.client.start_run("lost")
+        async def start() -> None:
+            await beatless.client.astart_run("lost")
 
         @host.get("/away")
         def away() -> None:
             raise Unreachable("Postgres", "10.0.0.7 refuses")
 
-        with TestClient(host) as browser:
-            for ours, theirs in (
+        @host.get("/ours")
+        def ours() -> None:
+            raise BadSetting("BEATLESS_SCHEMA", "is empty", "beatless")
+
+        with TestClient(host, raise_server_exceptions=False) as browser:
+            for by_route, by_api in (
                 (browser.get("/runs/none"), browser.get("/jobs/v1/runs/none")),
                 (browser.post("/runs"), browser.post("/jobs/v1/runs", json={"plan": "lost"})),
             ):
-                assert ours.status_code == theirs.status_code == 404
-                assert ours.headers["content-type"] == theirs.headers["content-type"]
-                assert ours.json().items() <= theirs.json().items()
-            lost = browser.get("/away")
+                assert by_route.status_code == by_api.status_code == 404
+                assert by_route.headers["content-type"] == by_api.headers["content-type"]
+                assert by_route.json().items() <= by_api.json().items()
+            lost, bug = browser.get("/away"), browser.get("/ours")
         assert (lost.status_code, lost.headers["retry-after"]) == (503, "2")
         assert "10.0.0.7" not in lost.text
+        (told,) = [each for each in caplog.records if each.name == "beatless.problem"]
+        assert "10.0.0.7 refuses" in vars(told)["reason"]
+        assert (bug.status_code, bug.text) == (500, "Internal Server Error")
+
+    def test_flask_answers_by_the_same_documents(self, beatless: Kit) -> None:
+        names: dict[str, Any] = {"__name__": "flask_errors"}
+        exec(BLOCKS["flask_errors.py"], names)
+        host = names["host"]
+
+        @host.get("/runs/<run_id>")
+        def show(run_id: str) -> None:
+            beatless.client.get_run(run_id)
+
+        @host.get("/ours")
+        def ours() -> None:
+            raise BadSetting("BEATLESS_SCHEMA", "is empty", "beatless")
+
+        browser = host.test_client()
+        found = browser.get("/runs/none")
+        assert (found.status_code, found.content_type) == (404, "application/problem+json")
+        assert found.json["detail"] == "no run has id 'none'"
+        others = [browser.get(path) for path in ("/nowhere", "/ours")]
+        assert [(each.status_code, each.mimetype) for each in others] == [
+            (404, "text/html"),
+            (500, "text/html"),
+        ]
 
 
 PROCESSES = """

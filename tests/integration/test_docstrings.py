@@ -10,6 +10,7 @@ import pytest
 
 import beatless as package
 from beatless import Client, Fatal, Plan, StepContext, approve, http, step, wait
+from beatless.api import handle_errors
 from beatless.testing import Kit
 from tests.serving import serving
 
@@ -115,6 +116,10 @@ def test_each_name_of_the_package_has_an_example() -> None:
 
 def test_the_examples_of_the_package_give_what_they_show(beatless: Kit) -> None:
     check(names_of_the_package(), {"app": beatless.app, "beatless": beatless})
+
+
+def test_the_example_of_the_errors_in_routes_gives_what_it_shows(beatless: Kit) -> None:
+    check(iter([("handle_errors", handle_errors)]), {"app": beatless.app})
 
 
 def test_each_call_of_the_client_has_an_example() -> None:
