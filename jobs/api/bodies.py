@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING
 from datetime import timedelta
+from difflib import get_close_matches
 from http import HTTPStatus
 from types import UnionType
 from typing import (
@@ -22,7 +23,9 @@ from pydantic import (
     ConfigDict,
     Field,
     create_model,
+    model_validator,
 )
+from pydantic_core import PydanticCustomError
 
 from beatless.api.problems import Problem
 from beatless.client.approvals import LINK_S
@@ -75,10 +78,45 @@ def _known(state: RunState) -> RunState:
 KnownState = Annotated[RunState, AfterValidator(_known)]
 
 
-class RunBody(BaseModel):
-    """The members of a RunRequest that travel in a body."""
+NAMED = 3
+"""Unknown members that a refusal names."""
+
+NAME_CHARS = 64
+"""Of an unknown member's name so much is shown, and compared: no member has a longer one."""
+
+
+class Body(BaseModel):
+    """A request that refuses members that it does not have, and names the nearest one."""
 
     model_config = ConfigDict(extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _has_these_members(cls, given: Any) -> Any:
+        if not isinstance(given, Mapping):
+            return given
+        known = [each.alias or name for name, each in cls.model_fields.items()]
+        unknown = [name for name in given if name not in known]
+        if unknown:
+            raise PydanticCustomError(
+                "unknown_member",
+                "it has no {unknown}; its members: {known}",
+                {
+                    "unknown": ", ".join(_with_nearest(name, known) for name in unknown[:NAMED]),
+                    "known": ", ".join(known),
+                },
+            )
+        return given
+
+
+def _with_nearest(name: str, known: Sequence[str]) -> str:
+    near = get_close_matches(name[:NAME_CHARS], known, n=1)
+    meant = f" (did you mean {near[0]}?)" if near else ""
+    return f"{name[:NAME_CHARS]!r}{meant}"
+
+
+class RunBody(Body):
+    """The members of a RunRequest that travel in a body."""
 
     def request(self, *, traceparent: str | None) -> RunRequest:
         """As the client takes it, unchecked."""
@@ -120,28 +158,22 @@ else:
     )
 
 
-class CancelRequest(BaseModel):
+class CancelRequest(Body):
     """Why a run is cancelled."""
-
-    model_config = ConfigDict(extra="forbid")
 
     reason: str | None = Field(default=None, max_length=1000)
 
 
-class SignalBody(BaseModel):
+class SignalBody(Body):
     """A signal for a run."""
-
-    model_config = ConfigDict(extra="forbid")
 
     name: str = Field(max_length=100, examples=["paid"])
     data: Any = None
     key: str | None = Field(default=None, max_length=256)
 
 
-class ApprovalBody(BaseModel):
+class ApprovalBody(Body):
     """The decision of an approval."""
-
-    model_config = ConfigDict(extra="forbid")
 
     data: Any = Field(default=None, examples=[{"approved": True}])
     """Of the type of the form, whose schema is at `/v1/runs/{id}/waits`."""
@@ -151,10 +183,8 @@ class ApprovalBody(BaseModel):
     """Of this decision: the same one again decides nothing else."""
 
 
-class ApprovalLinkBody(BaseModel):
+class ApprovalLinkBody(Body):
     """A link by which a person decides an approval."""
-
-    model_config = ConfigDict(extra="forbid")
 
     by: str = Field(min_length=1, max_length=200, examples=["ann@example.com"])
     """The person who may decide by it."""
@@ -162,10 +192,8 @@ class ApprovalLinkBody(BaseModel):
     """In seconds."""
 
 
-class ScheduleMembers(BaseModel):
+class ScheduleMembers(Body):
     """The members of a schedule, but for its name and plan."""
-
-    model_config = ConfigDict(extra="forbid")
 
     input: Any = None
     cron: str | None = Field(default=None, max_length=200, examples=["0 2 * * *"])
@@ -219,53 +247,41 @@ class ScheduleChange(ScheduleMembers):
         return _schedule(stored.name, self.plan or stored.plan, members)
 
 
-class BackfillRequest(BaseModel):
+class BackfillRequest(Body):
     """The ticks to start runs for: from the first time on, and before the second."""
-
-    model_config = ConfigDict(extra="forbid")
 
     from_: AwareDatetime = Field(alias="from", examples=["2026-11-01T00:00:00Z"])
     to: AwareDatetime = Field(examples=["2026-11-08T00:00:00Z"])
 
 
-class LimitBody(BaseModel):
+class LimitBody(Body):
     """How many runs with the same key a limit lets run at once, or begin in a time: one of both."""
-
-    model_config = ConfigDict(extra="forbid")
 
     at_once: int | None = Field(default=None, ge=1, le=MAX_AT_ONCE, examples=[5])
     rate: str | None = Field(default=None, max_length=20)
 
 
-class GroupWeight(BaseModel):
+class GroupWeight(Body):
     """The turns of a group for one of a group with the weight 1."""
-
-    model_config = ConfigDict(extra="forbid")
 
     group: str = Field(max_length=256, examples=["tenant-7"])
     weight: int = Field(ge=WEIGHTS[0], le=WEIGHTS[-1], strict=True, examples=[3])
 
 
-class QueueBody(BaseModel):
+class QueueBody(Body):
     """The setting of a queue: seconds after which a run that waits comes first; null: never."""
-
-    model_config = ConfigDict(extra="forbid")
 
     age_after: float | None = Field(gt=0, le=315_360_000, examples=[600])
 
 
-class RetryRequest(BaseModel):
+class RetryRequest(Body):
     """The body of a retry; without `from_step` it begins where the run failed."""
-
-    model_config = ConfigDict(extra="forbid")
 
     from_step: str | None = Field(default=None, max_length=200)
 
 
-class FailedRuns(BaseModel):
+class FailedRuns(Body):
     """The filter of failed runs."""
-
-    model_config = ConfigDict(extra="forbid")
 
     plan: str | None = None
     queue: str | None = None
@@ -298,10 +314,8 @@ class CountRequest(FailedRuns):
     limit: int = Field(default=100_000, ge=1, le=100_000)
 
 
-class FinishedRuns(BaseModel):
+class FinishedRuns(Body):
     """The filter of finished runs."""
-
-    model_config = ConfigDict(extra="forbid")
 
     state: KnownState
     """One in which runs end."""
@@ -315,10 +329,8 @@ class CleanRequest(FinishedRuns):
     limit: int = Field(default=1000, ge=1, le=100_000)
 
 
-class Letters(BaseModel):
+class Letters(Body):
     """The filter of dead letters."""
-
-    model_config = ConfigDict(extra="forbid")
 
     reason: str = Field(default="", max_length=1000)
     """In their reason, ignoring case."""

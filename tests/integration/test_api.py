@@ -141,6 +141,25 @@ def test_bad_requests_are_problems(api: Api, subtests: pytest.Subtests) -> None:
             assert answer.json["detail"]
 
 
+UNKNOWN: list[tuple[str, str, Any, str]] = [
+    ("POST", "runs", {"plan": "two_steps", "tag": {}}, "it has no 'tag' (did you mean tags?)"),
+    ("POST", "runs", {"runid": "r", "plna": "p"}, "'runid' (did you mean run_id?), 'plna' (did"),
+    ("POST", "runs/r/signals", {"name": "x", "zzz": 1}, "no 'zzz'; its members: name, data, key"),
+    ("POST", "schedules/s/backfill", {"form": "2026-11-01T00:00:00Z"}, "(did you mean from?)"),
+    ("PATCH", "schedules/s", {"crom": "@daily"}, "'crom' (did you mean cron?)"),
+    ("GET", "failed-runs?plam=x", None, "query: it has no 'plam' (did you mean plan?)"),
+    ("POST", "runs", {"x" * 100_000: 1}, "'" + "x" * 64 + "'; its"),
+]
+
+
+def test_a_member_that_a_body_does_not_have_is_named_with_the_nearest_one(api: Api) -> None:
+    for method, path, body, told in UNKNOWN:
+        answer = api(method, f"/v1/{path}", body)
+        assert answer.status == 422, path
+        assert told in answer.json["detail"], path
+    assert len(answer.json["detail"]) < 1000
+
+
 def test_a_form_of_another_site_cannot_start_anything(beatless: Kit, api: Api) -> None:
     answer = api("POST", "/v1/runs", b'{"plan": "two_steps"}', Content_Type="text/plain")
     assert answer.status == 422
