@@ -184,10 +184,10 @@ class QueueStatements:
         return [(queue, seconds or 0.0) for queue, seconds in rows]
 
     def states(self, connection: Caller, *, ended: bool = True) -> list[QueueState]:
-        """Every queue that has runs or was paused; without `ended`, as if none had ended before.
+        """Every queue that has runs, ended ones too, that was paused or set, or that is consumed.
 
-        Many runs that have ended are counted by a relay beforehand: see
-        `beatless.orchestrator.ended_runs`.
+        Without `ended` those that have ended are not counted. Many of these are counted by a relay
+        beforehand: see `beatless.orchestrator.ended_runs`.
         """
         names = (
             "name",

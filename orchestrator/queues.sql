@@ -72,9 +72,17 @@ SELECT d.queue,
  GROUP BY d.queue
 
 -- name: states
--- Read every queue that has runs or a row of its own; without those that ended, all but them.
--- Reads in whole: dispatches, and runs as long as no relay has counted those that ended.
-WITH unfinished AS (
+-- Read every queue that has runs, a row of its own or a worker; counts those that ended if asked.
+-- Reads in whole: dispatches, and if asked runs, as long as no relay has counted those that ended.
+WITH RECURSIVE stored(namespace, queue) AS (
+  -- From one queue to the next by the index of each namespace: the history is not read.
+  (SELECT namespace, queue FROM {schema}.runs ORDER BY namespace, queue LIMIT 1)
+  UNION ALL
+  SELECT n.namespace, n.queue FROM stored CROSS JOIN LATERAL (
+    SELECT namespace, queue FROM {schema}.runs r
+     WHERE (r.namespace, r.queue) > (stored.namespace, stored.queue)
+     ORDER BY namespace, queue LIMIT 1) n
+), unfinished AS (
   SELECT d.queue, count(*) FILTER (WHERE d.state <> 'running' AND d.due_at <= clock_timestamp()
                                       OR d.state = 'sent') AS queued,
          count(*) FILTER (WHERE d.state IN ('waiting', 'delayed') AND d.due_at > clock_timestamp()
@@ -118,7 +126,7 @@ SELECT name, q.paused_at, coalesce(queued, 0), coalesce(delayed, 0), coalesce(wa
        coalesce(completed, 0), coalesce(failed, 0), coalesce(cancelled, 0), coalesce(per_minute, 0),
        q.age_after_s
   FROM (SELECT name FROM {schema}.queues UNION SELECT queue FROM unfinished
-        UNION SELECT queue FROM ended UNION SELECT queue FROM rate) AS known(name)
+        UNION SELECT queue FROM consumed UNION SELECT queue FROM stored) AS known(name)
   LEFT JOIN consumed c ON c.queue = name
   LEFT JOIN {schema}.queues q USING (name)
   LEFT JOIN unfinished u ON u.queue = name LEFT JOIN ended e ON e.queue = name

@@ -16,6 +16,7 @@ from rich.text import Text
 from beatless.cli.environment import Environment
 from beatless.cli.render import age, plain, table
 from beatless.errors import StatementTimeout, Unreachable
+from beatless.orchestrator.queues import QueueState
 from beatless.outbox.clock import monotonic
 from beatless.outbox.sockets import readable
 from beatless.top import Activity, FailedRun, activity
@@ -191,9 +192,9 @@ def sections(found: Activity) -> Iterator[Section]:
                 str(each.delayed),
                 age(each.oldest),
                 f"{each.per_minute / 60:.1f}",
-                str(each.workers) if each.workers else "[red]0[/]",
+                "[red]0[/]" if each.queued and not each.workers else str(each.workers),
             )
-            for each in found.queues
+            for each in sorted(found.queues, key=is_idle)
         ],
         spare=("delayed", "waiting", "workers", "oldest"),
     )  # fmt: skip
@@ -252,6 +253,12 @@ def sections(found: Activity) -> Iterator[Section]:
             for each in found.failures
         ],
     )
+
+
+def is_idle(queue: QueueState) -> bool:
+    """Whether nothing is in it, and nothing has ended just now: such queues are the last ones."""
+    counts = (queue.queued, queue.active, queue.waiting, queue.delayed, queue.per_minute)
+    return not any(counts)
 
 
 def reason(run: FailedRun) -> str:

@@ -13,7 +13,7 @@ class QueueCalls(BaseClient):
     """Queue control, and the removal of runs."""
 
     def queues(self) -> list[QueueState]:
-        """Every queue that has runs or is paused, with its counts.
+        """Every queue with its counts: that has runs, a setting or a worker, or is paused.
 
         >>> run = client.start_run("checkout", {"order": 1}, queue="mail")
         >>> [queue.queued for queue in client.queues() if queue.name == "mail"]

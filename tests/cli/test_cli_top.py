@@ -19,6 +19,7 @@ from sqlalchemy import make_url
 
 from beatless import App
 from beatless.cli.top import drawn, screen
+from beatless.orchestrator.queues import Presence, QueueStatements
 from beatless.outbox.sockets import readable
 from beatless.testing import Kit
 from beatless.testing.servers import Services
@@ -114,6 +115,38 @@ def test_without_a_terminal_it_is_printed_once(beatless: Kit, command: Command) 
     assert "paused" in said
     assert "broken" in said
     assert "no use trying again" in said
+
+
+def test_queues_and_top_have_the_same_queues(
+    beatless: Kit, beatless_app: App, command: Command
+) -> None:
+    beatless.start_run("two_steps", queue="ended")
+    beatless_app.client_for("acme").start_run("two_steps", queue="of_acme")
+    beatless.work_until_idle()
+    ended_at(beatless, "-2 minutes")
+    beatless.start_run("two_steps", queue="queued")
+    beatless.client.pause_queue("paused")
+    beatless.client.set_age_after("set", 60)
+    consumed = Presence(
+        worker="w", hostname="celery@w", queues=["consumed"], processes=1, version="0.1.0"
+    )
+    with beatless_app.engine.begin() as connection:
+        QueueStatements(beatless_app.settings.schema).announce(connection, consumed)
+        connection.execute(  # however long this test takes, the worker is there
+            sqlalchemy.text(
+                f"UPDATE {beatless_app.settings.schema}.workers SET seen_at = now() + '1 hour'"
+            )
+        )
+
+    found = activity(beatless_app, beatless_app.engine)
+
+    names = ["consumed", "ended", "of_acme", "paused", "queued", "set"]
+    assert [state.name for state in found.queues] == names
+    assert [state["name"] for state in command.documents("queues")] == names
+    shown = [Text.from_markup(line).plain for line in screen(found, width=None, height=None)]
+    assert [line.split()[0] for line in shown[3 : 3 + len(names)]] == ["queued"] + [
+        name for name in names if name != "queued"
+    ]
 
 
 def test_a_low_and_narrow_window_shows_what_fits(beatless: Kit, beatless_app: App) -> None:
