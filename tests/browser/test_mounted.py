@@ -258,6 +258,18 @@ def test_the_client_of_all_runs_comes_again_after_its_host_was_away(
     ]
 
 
+def test_the_client_of_all_runs_ends_when_it_is_refused(beatless: Kit, open_page: Opener) -> None:
+    host = FastAPI()
+    host.mount(AT, create_api(beatless.app, authenticate=of_a_visitor))
+    host.get("/", response_class=HTMLResponse)(lambda: '<link rel="icon" href="data:,">')
+    with hosting(host) as api:
+        page = open_page(expected="401")
+        page.goto(f"{api.url}/")
+        with page.expect_console_message(lambda said: "are not followed: HTTP 401" in said.text):
+            page.evaluate(FOLLOWS_ALL, AT)
+        page.close()
+
+
 TEMPLATE = Path(__file__).parents[2] / "jobs/templates/fastapi/shop/page.html.template"
 
 

@@ -86,7 +86,7 @@ def test_the_page_about_http_names_every_type_of_event_to_readers_and_to_browser
 
 def test_the_client_in_a_browser_of_the_page_about_http_is_that_of_the_examples() -> None:
     text = (ROOT / "docs" / "http.md").read_text()
-    for file, begin in (("follow.js", "const TYPES"), ("follow_all.js", "function followAll")):
+    for file, begin in (("follow.js", "const TYPES"), ("follow_all.js", "const logAll")):
         (shown,) = re.findall(rf"```js\n({begin}.*?)```", text, flags=re.DOTALL)
         _, _, code = (ROOT / "examples" / file).read_text().partition("\n")
         assert code == shown
