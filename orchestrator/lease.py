@@ -90,6 +90,8 @@ class Lease:
     """Whether the run has waited for a slot: others may wait for that which its end frees."""
     following: "Lease | None" = None
     """The lease that was claimed with the end of this run."""
+    following_token: int | None = None
+    """The token of the claim that was sent with the end of this run, if one was."""
     trace_context: Mapping[str, str] | None = None
     """Of the trace that the run was started in: `traceparent`, as W3C Trace Context has it."""
     claimed_at: float = field(default_factory=monotonic)
@@ -253,6 +255,7 @@ class Leases:
         None is claimed while a message has waited for `MOMENT_S` for a worker of that queue: what
         was sent just now is due again after `redispatch_s`.
         """
+        ended.following_token = new_token()
         connection.execute(
             self.sql["fence_behind_end"], {"milliseconds": f"{NEXT_LOCK_TIMEOUT_S * 1000:.0f}"}
         )
@@ -263,7 +266,7 @@ class Leases:
                 "ended_token": ended.token,
                 "worker": worker,
                 "seconds": self.seconds,
-                "token": new_token(),
+                "token": ended.following_token,
                 "plans": list(first_steps),
                 "firsts": list(first_steps.values()),
                 "redispatch": redispatch_s,
@@ -271,6 +274,18 @@ class Leases:
             },
         )
         return lambda: next((_lease(row) for row in claimed.fetchall()), None)
+
+    def find_following(self, connection: Connection, ended: Lease) -> Lease | None:
+        """The lease that `claim_next` has taken with an end whose answer was lost; None if none.
+
+        Once the end is known to be committed. Also None if its time is over: others have it then.
+        """
+        parameters = {"token": ended.following_token, "seconds": self.seconds}
+        for row in execute(connection, self.sql["find_following"], parameters):
+            lease = _lease(row)
+            lease.let_in = True  # or not, and then its end asks for another in vain
+            return lease
+        return None
 
     def _claim(
         self, connection: Connection, parameters: dict[str, Any], claims: Sequence[str]

@@ -227,6 +227,20 @@ WITH own AS (
 )
 SELECT {claimed_columns}, begun, {each_doorbell} FROM u AS r
 
+-- name: find_following
+-- Read the run that was claimed under a token by a statement whose answer was lost, as the claim would
+-- have told. Its first step has begun if there is nothing behind its StepStarted.
+-- By the time at which the lease runs out, as in `held_by`: no index has the token.
+SELECT {claimed_columns},
+       last_seq = 2 AND attempt = 1 AND retry_of IS NULL AND cancel_requested_at IS NULL
+       AND EXISTS (SELECT FROM {schema}.run_events e
+                    WHERE e.run_id = r.run_id AND e.seq = 2 AND e.type = 'StepStarted'), NULL
+  FROM (SELECT r.*, NULL::timestamptz AS was_due
+          FROM {schema}.dispatches d JOIN {schema}.runs r USING (run_id)
+         WHERE d.state <> 'waiting' AND d.due_at > clock_timestamp()
+           AND d.due_at < (SELECT clock_timestamp() + make_interval(secs => 2 * %(seconds)s))
+           AND r.state = 'running' AND r.lease_token = %(token)s::bigint) r
+
 -- name: renew
 -- Give a lease that is held another token.
 UPDATE {schema}.runs SET lease_token = %(next)s

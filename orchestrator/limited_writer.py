@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import psycopg
+from psycopg import pq
 
 from beatless.orchestrator.events import EventType, as_stored
 from beatless.orchestrator.lease import Connection, Lease
@@ -24,6 +25,14 @@ logger = logging.getLogger("beatless.orchestrator.executor")
 
 ClaimNext = Callable[[Connection, Lease], Callable[[], Lease | None]]
 """As `Leases.claim_next`."""
+
+
+def _is_idle(connection: Connection) -> bool:
+    """Whether nothing is open, and no answer is waited for."""
+    return (
+        connection.pgconn.pipeline_status is pq.PipelineStatus.OFF
+        and connection.pgconn.transaction_status is pq.TransactionStatus.IDLE
+    )
 
 
 def no_lease() -> Lease | None:
@@ -54,37 +63,60 @@ class LimitedWriter(LeasedWriter):
     def settle_and_claim(self, settlement: Settlement, claim: ClaimNext) -> Appended:
         """`settle` the end of the run, and claim another in the same commit: `following`.
 
-        Raises LeaseLost. If the claim fails there is none; if the answer is lost, it waits for the
-        end of its lease.
+        Raises LeaseLost. If the claim fails there is none; if the answer is lost, it is looked for.
         """
+        claims = True
 
         def write(connection: Connection) -> Appended | None:
-            try:
-                appended, self._lease.following = self._with_claim(connection, settlement, claim)
-            except psycopg.Error as error:
-                if connection.closed:
-                    raise
-                logger.info(
-                    "no run was claimed with the end of another: it comes with its message",
-                    extra={
-                        "action": "claim_next_failed",
-                        "run_id": self._run_id,
-                        "reason": str(error),
-                    },
-                )
-                prepare_anew(connection)
-                with self._statement(connection):
-                    return self._settle(connection, settlement)
-            return appended
+            nonlocal claims
+            if claims:
+                claims = False
+                try:
+                    appended, self._lease.following = self._with_claim(
+                        connection, settlement, claim
+                    )
+                    return appended
+                except psycopg.Error as error:
+                    if connection.closed:
+                        raise
+                    self._log_unclaimed(error)
+                    if error.sqlstate is None or not _is_idle(connection):
+                        # psycopg's own error, with which it loses count of the answers of a
+                        # pipeline: Postgres may have committed it.
+                        self._disconnect()
+                        connection, self._doubtful = self._connection(), settlement
+                        self._renew(connection)
+                        found, self._doubtful = find(connection), None
+                        if found is not None:
+                            return found
+                    else:
+                        prepare_anew(connection)
+            with self._statement(connection):
+                return self._settle(connection, settlement)
+
+        def find(connection: Connection) -> Appended | None:
+            found = self._find_settled(settlement, connection)
+            if found is not None:
+                self._lease.following = self._leases.find_following(connection, self._lease)
+            return found
 
         with self._alone(settlement):
             self._write_tried(settlement)
-            state, find = settlement.normal.state, partial(self._find_settled, settlement)
-            appended = self._write(write, state, what=settlement, find=find)
+            appended = self._write(write, settlement.normal.state, what=settlement, find=find)
         self._in_doubt = None
         self._on_commit(settlement, appended)
         self._take_in(appended)
         return appended
+
+    def _log_unclaimed(self, error: psycopg.Error) -> None:
+        logger.info(
+            "no run was claimed with the end of another: it comes with its message",
+            extra={
+                "action": "claim_next_failed",
+                "run_id": self._run_id,
+                "reason": str(error),
+            },
+        )
 
     def _with_claim(
         self, connection: Connection, settlement: Settlement, claim: ClaimNext

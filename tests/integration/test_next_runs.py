@@ -1,23 +1,28 @@
 """The end of a run that has waited for a slot claims the next run, in the same commit."""
 
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import ExitStack, closing
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import psycopg
 import pytest
+from sqlalchemy import make_url
 
 from beatless import App, Limit, Plan, RunState, StepContext, plan, step
 from beatless.orchestrator import group as groups
 from beatless.orchestrator import lease as leases
+from beatless.orchestrator.lease import Connection, Lease, Leases
 from beatless.orchestrator.observer import Claimed
 from beatless.outbox.observer import Signal
 from beatless.testing import Kit
 from beatless.worker.bootsteps import GroupLimit
 from tests.integration.test_groups import Known, be_patient
+from tests.integration.test_postgres_faults import at
 from tests.integration.test_races import at_once
 from tests.integration.test_run_limits import assert_idle, parked, slots
+from tests.proxy import proxy
 
 BODIES: list[str] = []
 ACTS: dict[str, Callable[[StepContext], Any]] = {}
@@ -370,6 +375,89 @@ def test_a_run_whose_worker_dies_right_after_its_claim_is_taken_over(
     beatless.advance(3600)
     beatless.work_until_idle()
     assert [BODIES.count(run_id) for run_id in runs] == [1, 1, 1]
+    assert_idle(postgres)
+    beatless.verify()
+
+
+def test_a_claim_whose_answer_psycopg_loses_is_looked_for_and_the_end_is_written_once(
+    beatless: Kit, worker: Worker, postgres: psycopg.Connection
+) -> None:
+    """With one more answer than it counts it cannot leave its pipeline, nor use the session again.
+
+    The first claim was committed so. The second one was not: it had failed in Postgres.
+    """
+    runs = started(beatless, "one", "one", "one", "one")
+    BODIES.clear()
+    executor = worker.worker.executor
+    claim = executor.claim_next
+    sessions: list[int] = []
+
+    def lose_count(connection: Connection, ended: Lease) -> Callable[[], Lease | None]:
+        sessions.append(connection.info.backend_pid)
+        following = claim(connection, ended)
+        if len(sessions) == 2:
+            connection.execute("SELECT 1 / 0")
+        connection.pgconn.pipeline_sync()
+        return following
+
+    executor.claim_next = lose_count
+
+    assert worker.deliver(runs[0]) == runs[:2]
+
+    assert len(set(sessions)) == 2
+    assert runs[:2] == BODIES
+    assert state(postgres, runs[2]) == "waiting"
+    executor.claim_next = claim
+    assert worker.deliver(runs[2]) == runs[2:]
+    ended = [beatless.client.get_run(run_id) for run_id in runs]
+    assert [(run.state, run.attempt) for run in ended] == [(RunState.COMPLETED, 1)] * 3
+    assert_idle(postgres)
+    beatless.verify()
+
+
+def test_a_run_whose_claim_behind_an_end_was_not_answered_goes_on_at_once(
+    beatless: Kit,
+    beatless_app: App,
+    worker: Worker,
+    postgres: psycopg.Connection,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    """One that the claim has begun, one of a function, and one that is cancelled meanwhile."""
+    runs = started(beatless, "one", "one", "one", "function", "one", input="lose")
+    BODIES.clear()
+    found: list[str | None] = []
+    find = Leases.find_following
+    server = make_url(beatless_app.settings.database_url)
+    with proxy(server.port or 5432) as path, ExitStack() as stack:
+        url = server.set(host="127.0.0.1", port=path.port).render_as_string(hide_password=False)
+        kit = Kit(at(beatless_app, url), directory=tmp_path)
+        stack.callback(kit.close)
+        other = Worker(kit)
+        stack.callback(other.worker.executor.disconnect)
+
+        def lose(_: StepContext) -> None:
+            path.lost.clear()
+            path.lose_answer_to(b"completed")
+
+        def look(*arguments: Any) -> Lease | None:
+            assert path.lost.is_set()
+            if len(found) == 2:
+                beatless.client.cancel_run(runs[3])
+            lease = find(*arguments)
+            found.append(lease and lease.run.run_id)
+            return lease
+
+        monkeypatch.setattr(Leases, "find_following", look)
+        ACTS["lose"] = lose
+
+        assert other.deliver(runs[0]) == runs
+
+    assert found == runs[1:]
+    assert runs[:3] == BODIES
+    ended = [beatless.client.get_run(run_id) for run_id in runs]
+    assert [run.attempt for run in ended] == [1] * 4
+    assert [run.state for run in ended] == [*[RunState.COMPLETED] * 3, RunState.CANCELLED]
     assert_idle(postgres)
     beatless.verify()
 
