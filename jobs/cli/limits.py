@@ -8,6 +8,7 @@ from rich.markup import escape
 from beatless.cli.environment import Environment
 from beatless.cli.options import NAMESPACE, given_namespace
 from beatless.cli.render import age, table
+from beatless.errors import BadRequest
 from beatless.orchestrator.limit import rule_of
 
 
@@ -47,6 +48,7 @@ def ls(env: Environment) -> None:
     for line in table(header, rows, numbers=numbers):
         env.out.print(line)
     if not found:
+        env.note(escape(_none_yet(env)))
         env.note_other_namespaces("limits")
 
 
@@ -72,7 +74,35 @@ def set_(env: Environment, name: str, at_once: int | None, rate: str | None, for
 @click.argument("name", metavar="NAME")
 @click.pass_obj
 def release(env: Environment, name: str) -> None:
-    """Let each run of NAME bring the number of its plan again."""
+    """Let each run of NAME bring the number of its plan again; it may have done so already."""
     was_set = env.client.release_limit(name)
-    now = "is that of its plans" if was_set else "was not set"
+    if not was_set:
+        known = {*_names_of_plans(env), *(state.name for state in env.client.limits())}
+        if name not in known:
+            raise BadRequest(
+                "name",
+                f"is {name!r}, a limit that no plan of this app has, and that is not set in "
+                f"namespace {env.namespace}; known are {', '.join(sorted(known)) or 'none'}",
+            )
+    now = "is that of its plans" if was_set else "was not set, and is that of its plans"
     env.note(f"in namespace {env.namespace} limit {name} {now}")
+
+
+def _names_of_plans(env: Environment) -> list[str]:
+    """Of the limits that the plans of the app have."""
+    limits = {each.name for plan in env.app.plans.values() for each in plan.all_limits}
+    return sorted(limits)
+
+
+def _none_yet(env: Environment) -> str:
+    """What a person is told who sees no limit."""
+    if names := _names_of_plans(env):
+        return (
+            f"no limit of namespace {env.namespace} is in use, waited for or set; plans of this "
+            f"app have {', '.join(names)}: each is listed while runs use it or wait for it"
+        )
+    return (
+        f"no limit of namespace {env.namespace} is in use, waited for or set, and no plan of this "
+        'app has one; declare it with the plan, as in Plan("billing", [charge], '
+        'limits=[Limit("stripe", at_once=3)])'
+    )

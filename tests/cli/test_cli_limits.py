@@ -34,7 +34,7 @@ def test_limits_are_listed_set_and_released(beatless: Kit, command: Command) -> 
     command("limits", "release", "stripe")
     assert "is that of its plans" in command.error
     command("limits", "release", "stripe")
-    assert "was not set" in command.error
+    assert "was not set, and is that of its plans" in command.error
     beatless.work_until_idle()
     assert {beatless.client.get_run(run_id).state for run_id in runs} == {RunState.COMPLETED}
     assert command.documents("limits") == []
@@ -72,6 +72,30 @@ def test_a_limit_that_nothing_has_is_set_by_force_only(beatless: Kit, command: C
     command("limits", "set", "strpe", "--at-once", "2", "--force")
     command("limits", "set", "strpe", "--at-once", "3")
     assert [(each.name, each.at_once) for each in beatless.client.limits()] == [("strpe", 3)]
+
+
+def test_a_name_that_nothing_has_is_not_released(beatless: Kit, command: Command) -> None:
+    command("limits", "release", "strpe", status=2)
+    told = " ".join(command.error.split())
+    assert "name is 'strpe', a limit that no plan of this app has, and that is not set in" in told
+    assert "namespace default; known are stripe" in told
+
+    beatless.client.set_limit("strpe", 2, force=True)
+    command("limits", "release", "strpe")
+    assert "limit strpe is that of its plans" in command.error
+
+
+def test_who_sees_no_limit_is_told_which_there_are(
+    beatless: Kit, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command("limits")
+    told = " ".join(command.error.split())
+    assert "no limit of namespace default is in use, waited for or set" in told
+    assert "plans of this app have stripe: each is listed while runs use it" in told
+
+    monkeypatch.setattr(beatless.app, "plans", {})
+    command("limits")
+    assert 'limits=[Limit("stripe", at_once=3)])' in " ".join(command.error.split())
 
 
 def test_limits_are_those_of_a_namespace(beatless: Kit, command: Command) -> None:
