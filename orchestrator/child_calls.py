@@ -494,10 +494,13 @@ def with_results(results: Mapping[str, Any], read: ReadEnds) -> dict[str, Any]:
     }
 
 
+def has_reads(results: Mapping[str, Any]) -> bool:
+    """Whether a look at one of these may need Postgres."""
+    return any(isinstance(each, ChildResults) for each in results.values())
+
+
 def without_reads(results: Mapping[str, Any]) -> Mapping[str, Any]:
     """The same, with those of children read: to look at one later needs no Postgres."""
-    if not any(isinstance(each, ChildResults) for each in results.values()):
-        return results
     return {
         name: list(each) if isinstance(each, ChildResults) else each
         for name, each in results.items()

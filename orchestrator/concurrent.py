@@ -1,16 +1,19 @@
 """Executes many runs at once in one process: async bodies in its loop, the others in threads.
 
 One thread does the rest of the work on all runs, in turns (`SwitchThread`), and commits boundaries
-that are ready together in one statement. What may wait for a row goes to another thread.
+that are ready together in one statement. Runs whose messages have come together are claimed in one
+too. What may wait for a row goes to another thread.
 """
 
 import os
 import signal
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextvars import copy_context
 from typing import Any, TypeVar
+
+import psycopg
 
 from beatless.orchestrator.bodies import Beside, CallBody
 from beatless.orchestrator.body import call_body
@@ -19,10 +22,11 @@ from beatless.orchestrator.context import StepContext
 from beatless.orchestrator.executor import Executor
 from beatless.orchestrator.group_commit import GroupCommit
 from beatless.orchestrator.held_rows import RowHeld, giving_way
-from beatless.orchestrator.lease import Connection, Lease
+from beatless.orchestrator.lease import Claim, Connection, Lease
 from beatless.orchestrator.loop_watch import PlanWatch
 from beatless.orchestrator.plan import Plan, Step
 from beatless.orchestrator.requests import BodyEnded, RunBody, Stopped
+from beatless.orchestrator.shared_claims import SharedClaims
 from beatless.orchestrator.shared_commits import SharedCommits
 from beatless.orchestrator.suspects import BodiesInFlight
 from beatless.orchestrator.switch_thread import SwitchThread
@@ -105,6 +109,7 @@ class ConcurrentExecutor(Executor):
         self._commits = SharedCommits(GroupCommit(self.journal.schema), self.connection)
         self._in_flight = BodiesInFlight(self.heartbeat)
         self._thread = SwitchThread(self._when_idle, observer=self.observer)
+        self._claims = SharedClaims(self._claim_together, self._thread.soon)
         self._bodies = ThreadPoolExecutor(SYNC_BODIES, thread_name_prefix="beatless-body")
         self._places = Places(SYNC_BODIES)
         self._asides = ThreadPoolExecutor(WAITING_WRITES, thread_name_prefix="beatless-aside")
@@ -123,6 +128,7 @@ class ConcurrentExecutor(Executor):
 
     def _when_idle(self) -> float | None:
         """Seconds until it is to be called again."""
+        self._claims.flush()
         waits = [
             each for each in (self._commits.flush(), self._in_flight.tick()) if each is not None
         ]
@@ -144,6 +150,7 @@ class ConcurrentExecutor(Executor):
         """Return when the work on all runs has ended."""
         self._thread.stop()
         self._plan_watch.stop()
+        self._claims.stop()
         for pool in (self._bodies, self._asides, self._within):
             pool.shutdown(wait=False)
         self._connections.close_all()
@@ -153,9 +160,39 @@ class ConcurrentExecutor(Executor):
         """How many calls have begun and not ended."""
         return self._thread.calls
 
-    def first_step(self, plan: Plan) -> None:
-        """None: a death between a claim and the note of its lease would count as a crash."""
-        del plan
+    def first_step(self, plan: Plan) -> str | None:
+        """As there, but of a plan whose first step may be begun once only.
+
+        After a death between a claim and the note of its lease nobody knows that the body was not
+        called. For others that is an attempt which does not count.
+        """
+        first = plan.first
+        once = isinstance(first, Step) and first.retry.max_crashes == 1
+        return None if once else super().first_step(plan)
+
+    def claim(self, plan: Plan, run_id: str, dispatch: int) -> Lease | None:
+        """As there, together with other runs whose messages have come."""
+        lease = None
+        if not plan.limits:
+            claim = Claim(
+                run_id=run_id,
+                plan=plan.name,
+                first_step=self.first_step(plan),
+                dispatch=dispatch,
+            )
+            lease = self._thread.wait(self._claims.put(claim))
+        return super().claim(plan, run_id, dispatch) if lease is None else lease
+
+    def _claim_together(self, claims: Sequence[Claim]) -> Sequence[Lease]:
+        try:
+            return self.claimed(
+                lambda connection: self.leases.claim_together(
+                    connection, claims, worker=self.worker
+                )
+            )
+        except psycopg.Error:
+            self.disconnect()  # which of its statements are prepared is not known
+            raise
 
     def turns(self, plan: Plan, lease: Lease, max_steps: int = 0) -> Turns:
         lease.uncalled = True  # but for a body that is alone: see `suspects`

@@ -20,7 +20,7 @@ from beatless.orchestrator.attempt_end import AttemptEnded, end_of_body, may_hav
 from beatless.orchestrator.bodies import Beside, Bodies, ThreadsBeside
 from beatless.orchestrator.body import call_body
 from beatless.orchestrator.boundaries import Conclusion
-from beatless.orchestrator.child_calls import without_reads
+from beatless.orchestrator.child_calls import has_reads, without_reads
 from beatless.orchestrator.children import ChildRuns
 from beatless.orchestrator.connections import Connections, OneConnection
 from beatless.orchestrator.context import StepContext
@@ -190,7 +190,20 @@ class Executor:
         Another worker may hold it, or it has ended, waits, or its queue is paused: a second
         delivery is nothing. `max_steps` gives the run back after that many steps (0: no limit).
         """
-        lease = self.aside(
+        lease = self.claim(plan, run_id, dispatch)
+        if lease is None:
+            self.ignore_message(run_id, dispatch)
+            return False
+        self.faults.reach("claim.committed")
+        self.drive(lease, self.turns(plan, lease, max_steps))
+        if lease.following is not None:
+            self.go_on(lease)
+        self.faults.reach("task.before_ack")
+        return True
+
+    def claim(self, plan: Plan, run_id: str, dispatch: int) -> Lease | None:
+        """The lease of the run of a message; None if it was not ours to execute."""
+        return self.aside(
             lambda: self.claimed(
                 lambda connection: self.leases.claim(
                     connection,
@@ -202,15 +215,6 @@ class Executor:
                 )
             )
         )
-        if lease is None:
-            self.ignore_message(run_id, dispatch)
-            return False
-        self.faults.reach("claim.committed")
-        self.drive(lease, self.turns(plan, lease, max_steps))
-        if lease.following is not None:
-            self.go_on(lease)
-        self.faults.reach("task.before_ack")
-        return True
 
     def go_on(self, ended: Lease) -> None:
         """Execute the run that was claimed with the end of this one, and so on."""
@@ -577,9 +581,10 @@ class RunDriver:
     ) -> StepContext:
         executor, step, results = self._executor, request.step, request.results
         kind: Callable[..., StepContext] = StepContext
-        if step.is_async:  # which must not wait for Postgres in the loop
-            results = executor.aside(partial(without_reads, results))
+        if step.is_async:
             kind = partial(AsyncStepContext, lane=executor.loop.lane())
+            if has_reads(results):  # nothing in the loop must wait for Postgres
+                results = executor.aside(partial(without_reads, results))
         return kind(
             lease=self._lease,
             step=request.occurrence,

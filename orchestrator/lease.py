@@ -26,7 +26,7 @@ from beatless.orchestrator.state import RunState
 from beatless.outbox.clock import monotonic
 from beatless.outbox.message import UNREADABLE, shard_of
 from beatless.outbox.pending import prepare_anew
-from beatless.outbox.queries import Caller, execute
+from beatless.outbox.queries import Caller, array, execute
 from beatless.outbox.statements import statements
 
 logger = logging.getLogger(__name__)
@@ -116,6 +116,16 @@ class Lease:
     def late(self) -> bool:
         """Whether the run has reached its deadline."""
         return self.deadline is not None and monotonic() >= self.deadline
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Claim:
+    """What a message asks for: the lease of its run, as `Leases.claim` takes these."""
+
+    run_id: str
+    plan: str
+    first_step: str | None
+    dispatch: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -238,6 +248,37 @@ class Leases:
             },
             [self.sql["claim"], *([self.sql["claim_further"]] if places else [])],
         )
+
+    def claim_together(
+        self, connection: Connection, claims: Sequence[Claim], *, worker: str
+    ) -> list[Lease]:
+        """Claim several runs, whose messages have come together, in one commit.
+
+        No row is waited for. A run is missing that is to be claimed by itself, or not at all: one
+        whose row another transaction holds, one that has limits, that another worker has or had,
+        or that is not due.
+        """
+        rows = [
+            (each.run_id, shard_of(each.run_id), each.plan, each.first_step, each.dispatch)
+            for each in claims
+        ]
+        names = ("run_ids", "shards", "plans", "firsts", "dispatches")
+        parameters: dict[str, Any] = {
+            name: array(column) for name, column in zip(names, zip(*rows, strict=True), strict=True)
+        }
+        parameters |= {
+            "tokens": array(new_token() for _ in claims),
+            "worker": worker,
+            "seconds": self.seconds,
+        }
+        try:
+            with connection.pipeline():  # as in `_claim`
+                connection.execute(self.sql["fence"])
+                claimed = connection.execute(self.sql["claim_together"], parameters)
+        except psycopg.errors.LockNotAvailable:
+            prepare_anew(connection)
+            return []
+        return [_lease(row) for row in claimed.fetchall()]
 
     def claim_next(
         self,

@@ -120,6 +120,50 @@ WITH u AS (
 )
 SELECT {claimed_columns}, begun, {claim_doorbell} FROM u AS r
 
+-- name: claim_together
+-- Take the leases of runs that wait and are due, whose messages have come together.
+-- No row is waited for: one that another transaction holds is left out. So are those that wait for
+-- more than their message: with limits, or of a paused queue. `claim` is for them, and for takeovers.
+WITH found AS MATERIALIZED (
+  SELECT x.*
+    FROM unnest(%(run_ids)s::text[], %(shards)s::smallint[], %(plans)s::text[],
+                %(firsts)s::text[], %(dispatches)s::int[], %(tokens)s::bigint[])
+         AS x(run_id, shard, plan, first, dispatch, token)
+   CROSS JOIN LATERAL (
+     SELECT r.run_id FROM {schema}.runs r
+      WHERE r.run_id = x.run_id AND r.plan = x.plan AND r.state = 'queued' AND r.limits IS NULL
+        AND coalesce(r.not_before <= clock_timestamp(), true)
+        AND NOT EXISTS (SELECT FROM {schema}.queues q
+                         WHERE q.name = r.queue AND q.paused_at IS NOT NULL)
+      LIMIT 1 FOR NO KEY UPDATE OF r SKIP LOCKED) r
+), u AS (
+  UPDATE {schema}.runs r
+     SET state = 'running', attempt = least(r.attempt, 2147483646) + 1, lease_token = found.token,
+         dead_token = NULL,
+         lease_expires_at = clock_timestamp() + make_interval(secs => %(seconds)s),
+         worker = %(worker)s, started_at = coalesce(started_at, clock_timestamp()),
+         not_before = NULL,
+         last_seq = last_seq
+           + CASE WHEN {fresh} AND found.first IS NOT NULL THEN 1 ELSE 0 END
+    FROM found WHERE r.run_id = found.run_id
+  RETURNING r.*, found.shard, found.first, found.dispatch,
+            (SELECT o.not_before FROM {schema}.runs o WHERE o.run_id = r.run_id) AS was_due,
+            {begun} AS begun
+), e AS (
+  INSERT INTO {schema}.run_events (run_id, seq, ts, type, source, step, attempt)
+  SELECT run_id, 2, clock_timestamp(), 'StepStarted', 'worker', first, 1
+    FROM u WHERE begun
+), o AS (
+  INSERT INTO {schema}.run_outbox (shard, run_id, from_seq, to_seq)
+  SELECT shard, run_id, 2, 2 FROM u WHERE begun
+), d AS (
+  UPDATE {schema}.dispatches d
+     SET state = 'running', due_at = u.lease_expires_at, reason = 'lease',
+         attempts = least(greatest(d.attempts, u.dispatch), d.attempts::bigint + 1)
+    FROM u WHERE d.run_id = u.run_id
+)
+SELECT {claimed_columns}, begun, {each_claim_doorbell} FROM u AS r
+
 -- name: claim_further
 -- Take the leases of further runs, of the queue of the run that this transaction has claimed.
 -- They wait, are due, were never claimed, and are in the order of the relay. Of those only, for a

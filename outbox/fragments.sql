@@ -54,6 +54,10 @@ CASE WHEN {each_asleep} THEN pg_notify('beatless_{schema}', shard::text || ' eve
 -- `doorbell`, where a run was claimed: its dispatch has another due time, and none is due.
 CASE WHEN {asleep} THEN pg_notify('beatless_{schema}', (%(shard)s)::text || ' claim') END
 
+-- fragment: each_claim_doorbell
+-- `claim_doorbell`, for rows with a column `shard`.
+CASE WHEN {each_asleep} THEN pg_notify('beatless_{schema}', shard::text || ' claim') END
+
 -- fragment: origin
 -- The history of this schema, told from every other: 16 hexadecimal digits at most.
 -- Of the cluster, the database, the table and the row. A dump that is restored makes another table,

@@ -8,18 +8,29 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import psycopg
 import pytest
 
-from beatless import AsyncStepContext, Plan, RunContext, RunState, StepContext, plan, step
-from beatless.orchestrator import concurrent, loop_watch, shared_commits
+from beatless import (
+    AsyncStepContext,
+    Limit,
+    Plan,
+    RunContext,
+    RunState,
+    StepContext,
+    plan,
+    retry,
+    step,
+)
+from beatless.orchestrator import concurrent, loop_watch, shared_claims, shared_commits
 from beatless.orchestrator.concurrent import ConcurrentExecutor
 from beatless.orchestrator.connections import ConnectionOfThread
 from beatless.orchestrator.events import EventType
 from beatless.orchestrator.group_commit import GroupCommit
-from beatless.orchestrator.lease import Lease
+from beatless.orchestrator.journal import Journal
+from beatless.orchestrator.lease import Claim, Lease, Leases
 from beatless.orchestrator.leased_writer import LeasedWriter
 from beatless.orchestrator.output_thread import OutputThread
 from beatless.orchestrator.records import Appended
@@ -104,6 +115,16 @@ async def answers(ctx: AsyncStepContext) -> None:
     await ctx.trace("waits for the row")
 
 
+@step
+async def hears(ctx: AsyncStepContext) -> Any:
+    return ctx.input
+
+
+@step(retry=retry(max_crashes=1))
+async def once(ctx: AsyncStepContext) -> None:
+    pass
+
+
 @plan("thinks")
 def thinks(run: RunContext[Any]) -> str:
     """A function that does what belongs into a step."""
@@ -122,9 +143,12 @@ STEPS = (
     traces_twice,
     answers,
     speaks,
+    hears,
+    once,
 )
 PLANS = [
     *(Plan(each.name, [each]) for each in STEPS),
+    Plan("limited", [quick], limits=[Limit("one", at_once=1)]),
     Plan("goes_on", [in_a_thread, quick]),
     thinks,
 ]
@@ -216,6 +240,197 @@ def test_a_statement_that_cannot_be_made_leaves_no_run_without_an_answer(
     commits.flush()
 
     assert answer.result(0) is IN_DOUBT
+
+
+class Claims(Leases):
+    """Notes the runs of each statement by which they are claimed."""
+
+    def __init__(self, schema: str) -> None:
+        super().__init__(schema, seconds=30.0)
+        self.together: list[list[str]] = []
+        self.alone: list[str] = []
+
+    def claim_together(
+        self, connection: psycopg.Connection[Any], claims: Sequence[Claim], *, worker: str
+    ) -> list[Lease]:
+        self.together.append([each.run_id for each in claims])
+        return super().claim_together(connection, claims, worker=worker)
+
+    def claim(
+        self, connection: psycopg.Connection[Any], run_id: str, **options: Any
+    ) -> Lease | None:
+        self.alone.append(run_id)
+        return super().claim(connection, run_id, **options)
+
+
+@pytest.fixture
+def claims(beatless: Kit) -> Claims:
+    return Claims(beatless.app.settings.schema)
+
+
+@pytest.fixture
+def have_executed(beatless: Kit, claims: Claims) -> Callable[[Sequence[str]], None]:
+    """Have the runs of messages executed that have all come before the first claim."""
+
+    def execute(runs: Sequence[str]) -> None:
+        executor = beatless.app.executors.begin_concurrent()
+        executor.leases = claims
+        for run_id in runs:
+            plan = beatless.app.plans[beatless.client.get_run(run_id).plan]
+            executor.spawn(partial(executor.execute, plan, run_id, 1))
+        executor.start()
+        executor.stop()
+
+    return execute
+
+
+def test_runs_whose_messages_have_come_together_are_claimed_in_one_statement(
+    beatless: Kit,
+    claims: Claims,
+    have_executed: Callable[[Sequence[str]], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It begins their first steps too: of a run that begins nothing is read."""
+    read: list[str] = []
+
+    def checkpoint_page(_: Journal, connection: Any, run_id: str, **options: Any) -> NoReturn:
+        read.append(run_id)
+        raise AssertionError
+
+    monkeypatch.setattr(Journal, "checkpoint_page", checkpoint_page)
+    runs = [beatless.start_run("quick", number).run_id for number in range(5)]
+    have_executed(runs)
+
+    assert claims.together == [runs]
+    assert (claims.alone, read) == ([], [])
+    assert [beatless.client.get_run(run_id).result for run_id in runs] == list(range(5))
+    assert {beatless.client.get_run(run_id).last_seq for run_id in runs} == {4}
+    beatless.verify()
+
+
+def test_a_statement_claims_so_many_runs_at_most(
+    beatless: Kit,
+    claims: Claims,
+    have_executed: Callable[[Sequence[str]], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(shared_claims, "MAX_RUNS", 2)
+    runs = [beatless.start_run("quick", number).run_id for number in range(5)]
+    have_executed(runs)
+
+    assert claims.together == [runs[:2], runs[2:4], runs[4:]]
+    assert {beatless.client.get_run(run_id).state for run_id in runs} == {RunState.COMPLETED}
+
+
+def test_a_run_with_two_messages_is_executed_once(
+    beatless: Kit, claims: Claims, have_executed: Callable[[Sequence[str]], None]
+) -> None:
+    run_id, other = (beatless.start_run("quick", number).run_id for number in range(2))
+    have_executed([run_id, run_id, other])
+
+    assert claims.together == [[run_id, other], [run_id]]
+    assert claims.alone == [run_id]
+    assert beatless.client.get_run(run_id).attempt == 1
+    beatless.verify()
+
+
+def test_a_claim_that_waits_for_its_row_keeps_no_other_run_from_its_own(
+    beatless: Kit,
+    claims: Claims,
+    connection: psycopg.Connection[Any],
+    executor: ConcurrentExecutor,
+) -> None:
+    """Nor is it given up: it is made again by itself, and waits there."""
+    executor.leases = claims
+    held, *others = (beatless.start_run("quick", number).run_id for number in range(4))
+    with rows_held(beatless, connection, [held]):
+        for run_id in (held, *others):
+            executor.spawn(partial(executor.execute, beatless.app.plans["quick"], run_id, 1))
+        until(lambda: held in claims.alone)
+        for run_id in others:
+            assert beatless.wait_for_run_completion(run_id).state is RunState.COMPLETED
+    assert claims.alone.count(held) == len(claims.alone)
+    beatless.verify()
+
+
+def test_runs_of_a_paused_queue_and_with_limits_are_claimed_by_themselves(
+    beatless: Kit, claims: Claims, have_executed: Callable[[Sequence[str]], None]
+) -> None:
+    """The message of one goes back to wait; a limit has no room for two."""
+    paused = beatless.start_run("quick", queue="night").run_id
+    limited = [beatless.start_run("limited").run_id for _ in range(2)]
+    free = beatless.start_run("quick").run_id
+    beatless.client.pause_queue("night")
+    have_executed([paused, *limited, free])
+
+    assert claims.together == [[paused, free]]
+    assert sorted(claims.alone) == sorted([paused, *limited])
+    assert beatless.client.get_run(paused).state is RunState.QUEUED
+    assert beatless.client.get_run(free).state is RunState.COMPLETED
+    ended = [beatless.client.get_run(run_id).state for run_id in limited]
+    assert RunState.COMPLETED in ended
+    beatless.verify()
+
+
+def test_a_claim_of_several_runs_that_fails_is_made_for_each(
+    beatless: Kit,
+    claims: Claims,
+    have_executed: Callable[[Sequence[str]], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(*_: Any, **__: Any) -> NoReturn:
+        raise psycopg.errors.DataException("one of the values is odd")
+
+    monkeypatch.setattr(claims, "claim_together", refuse)
+    runs = [beatless.start_run("quick", number).run_id for number in range(3)]
+    have_executed(runs)
+
+    assert sorted(claims.alone) == sorted(runs)
+    assert [beatless.client.get_run(run_id).result for run_id in runs] == [0, 1, 2]
+    beatless.verify()
+
+
+def test_a_run_whose_lease_has_run_out_is_claimed_by_itself(
+    beatless: Kit, claims: Claims, have_executed: Callable[[Sequence[str]], None]
+) -> None:
+    runs = [beatless.start_run("quick", number).run_id for number in range(2)]
+    with beatless.crash(at="step.before"):
+        beatless.work_once()
+    [taken_over] = [run_id for run_id in runs if beatless.client.get_run(run_id).attempt]
+    beatless.advance(60)
+    have_executed(runs)
+
+    assert (claims.together, claims.alone) == ([runs], [taken_over])
+    assert [beatless.client.get_run(run_id).result for run_id in runs] == [0, 1]
+    beatless.verify()
+
+
+def test_a_run_of_async_steps_takes_no_thread_beside_the_loop(
+    beatless: Kit,
+    have_executed: Callable[[Sequence[str]], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(ConcurrentExecutor, "aside", lambda _, act: asked.append(act))
+    run_id = beatless.start_run("hears", 7).run_id
+    have_executed([run_id])
+
+    assert asked == []
+    assert beatless.client.get_run(run_id).result == 7
+
+
+def test_a_step_that_may_begin_once_is_begun_behind_the_claim(
+    beatless: Kit, have_executed: Callable[[Sequence[str]], None]
+) -> None:
+    """After a death in between nobody would know that its body was not called."""
+    executor = beatless.app.executors.begin_concurrent()
+    assert executor.first_step(beatless.app.plans["once"]) is None
+    assert executor.first_step(beatless.app.plans["quick"]) == "quick"
+    run_id = beatless.start_run("once").run_id
+    have_executed([run_id])
+
+    assert beatless.client.get_run(run_id).state is RunState.COMPLETED
+    beatless.verify()
 
 
 def waiters(postgres: psycopg.Connection[Any], holder: int) -> int:

@@ -100,6 +100,7 @@ TYPES = {
     "delays": "float8[]",
     "delays_cancelled": "float8[]",
     "dispatch": "int",
+    "dispatches": "int[]",
     "ended": "bool",
     "ended_token": "bigint",
     "errors": "text[]",
