@@ -17,12 +17,13 @@ import psycopg
 
 from beatless.orchestrator.bodies import Beside, CallBody
 from beatless.orchestrator.body import call_body
+from beatless.orchestrator.claims import Behind, Claim
 from beatless.orchestrator.connections import ConnectionOfThread
 from beatless.orchestrator.context import StepContext
 from beatless.orchestrator.executor import Executor
 from beatless.orchestrator.group_commit import GroupCommit
 from beatless.orchestrator.held_rows import RowHeld, giving_way
-from beatless.orchestrator.lease import Claim, Connection, Lease
+from beatless.orchestrator.lease import Connection, Lease
 from beatless.orchestrator.loop_watch import PlanWatch
 from beatless.orchestrator.plan import Plan, Step
 from beatless.orchestrator.requests import BodyEnded, RunBody, Stopped
@@ -33,6 +34,7 @@ from beatless.orchestrator.switch_thread import SwitchThread
 from beatless.orchestrator.turns import HAND_BACK, Answer, Turn, Turns
 from beatless.orchestrator.watchdog import Attempt
 from beatless.outbox.backoff import Backoff
+from beatless.outbox.clock import monotonic
 
 T = TypeVar("T")
 
@@ -42,6 +44,16 @@ SYNC_BODIES = 64
 WAITING_WRITES = 8
 """Statements that may wait for a row, at once: each has a thread and a connection. None waits for
 long (`HELD_ROW_WAIT_S`): it is made again, while others have the thread."""
+
+FURTHER_RUNS = 15
+"""Runs that a message has executed behind its own, one after the other, at most: then messages of
+others, and those that are in the broker, have their turn."""
+
+FURTHER_S = 1.0
+"""Seconds after its claim in which it has such runs begun."""
+
+BACKLOG_S = 0.1
+"""Seconds that a run has waited if others wait behind it."""
 
 BETWEEN_TRIES = Backoff(initial=0.05, cap=2.0)
 """Seconds between two tries to write to a row that another transaction holds."""
@@ -103,11 +115,21 @@ class GreenletsBeside:
 class ConcurrentExecutor(Executor):
     """Executes runs in the calls of its own thread: see `spawn`."""
 
-    def __init__(self, *, connect: Callable[[], Connection], **options: Any) -> None:
+    def __init__(
+        self, *, connect: Callable[[], Connection], further_runs: int = 0, **options: Any
+    ) -> None:
+        """A message may have so many `further_runs` executed behind its own: see `go_on`."""
         super().__init__(connect=connect, **options)
         self.connections = self._connections = ConnectionOfThread(connect)
         self._commits = SharedCommits(GroupCommit(self.journal.schema), self.connection)
         self._in_flight = BodiesInFlight(self.heartbeat)
+        self._first_steps = {
+            name: first
+            for name, plan in self.plans.items()
+            for first in [self.first_step(plan)]
+            if first is not None
+        }
+        self.further_runs = further_runs if self._first_steps else 0
         self._thread = SwitchThread(self._when_idle, observer=self.observer)
         self._claims = SharedClaims(self._claim_together, self._thread.soon)
         self._bodies = ThreadPoolExecutor(SYNC_BODIES, thread_name_prefix="beatless-body")
@@ -183,11 +205,34 @@ class ConcurrentExecutor(Executor):
             lease = self._thread.wait(self._claims.put(claim))
         return super().claim(plan, run_id, dispatch) if lease is None else lease
 
-    def _claim_together(self, claims: Sequence[Claim]) -> Sequence[Lease]:
+    def go_on(self, ended: Lease) -> None:
+        """Execute runs that come next in the queue of this one, without their messages.
+
+        Where runs wait there: one that has come at once asks for no other.
+        """
+        until = ended.claimed_at + FURTHER_S
+        for _ in range(self.further_runs):
+            if ended.lost or (ended.waited or 0.0) < BACKLOG_S:
+                return
+            if self.stopping.is_set() or monotonic() >= until:
+                return
+            lease = self._thread.wait(self._claims.put(ended))
+            if lease is None:
+                return
+            self.faults.reach("claim.committed")
+            self._thread.name(f"{lease.run.run_id} {lease.run.plan}")
+            self.drive(lease, self.turns(self.plans[lease.run.plan], lease))
+            ended = lease
+
+    def _claim_together(self, claims: Sequence[Claim], behind: Sequence[Behind]) -> Sequence[Lease]:
         try:
             return self.claimed(
                 lambda connection: self.leases.claim_together(
-                    connection, claims, worker=self.worker
+                    connection,
+                    claims,
+                    behind,
+                    worker=self.worker,
+                    first_steps=self._first_steps,
                 )
             )
         except psycopg.Error:

@@ -196,8 +196,7 @@ class Executor:
             return False
         self.faults.reach("claim.committed")
         self.drive(lease, self.turns(plan, lease, max_steps))
-        if lease.following is not None:
-            self.go_on(lease)
+        self.go_on(lease)
         self.faults.reach("task.before_ack")
         return True
 
@@ -217,7 +216,7 @@ class Executor:
         )
 
     def go_on(self, ended: Lease) -> None:
-        """Execute the run that was claimed with the end of this one, and so on."""
+        """Execute the run that was claimed with the end of this one, if one was, and so on."""
         lease = ended.following
         while lease is not None:
             self.faults.reach("claim.committed")

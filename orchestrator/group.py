@@ -483,8 +483,7 @@ class GroupExecutor:
             leave()
             for _ in members[0].turns:
                 pass
-            if members[0].lease.following is not None:
-                self.executor.go_on(members[0].lease)
+            self.executor.go_on(members[0].lease)
             return
         self.executor.goes_on_until = 0.0  # nobody here would execute what an end has claimed
         group = Group(

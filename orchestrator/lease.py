@@ -16,6 +16,7 @@ from typing import Any
 
 import psycopg
 
+from beatless.orchestrator.claims import Behind, Claim, of_messages, of_others
 from beatless.orchestrator.inbox import Inbox
 from beatless.orchestrator.limit import RunLimit
 from beatless.orchestrator.options import OPTION_SQL
@@ -116,16 +117,6 @@ class Lease:
     def late(self) -> bool:
         """Whether the run has reached its deadline."""
         return self.deadline is not None and monotonic() >= self.deadline
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Claim:
-    """What a message asks for: the lease of its run, as `Leases.claim` takes these."""
-
-    run_id: str
-    plan: str
-    first_step: str | None
-    dispatch: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -250,35 +241,40 @@ class Leases:
         )
 
     def claim_together(
-        self, connection: Connection, claims: Sequence[Claim], *, worker: str
+        self,
+        connection: Connection,
+        claims: Sequence[Claim],
+        behind: Sequence[Behind],
+        *,
+        worker: str,
+        first_steps: Mapping[str, str],
     ) -> list[Lease]:
-        """Claim several runs, whose messages have come together, in one commit.
+        """Claim several runs, whose messages have come together, in one commit; and others.
 
         No row is waited for. A run is missing that is to be claimed by itself, or not at all: one
         whose row another transaction holds, one that has limits, that another worker has or had,
-        or that is not due.
+        or that is not due. The others are as those of `claim_with_others`.
         """
-        rows = [
-            (each.run_id, shard_of(each.run_id), each.plan, each.first_step, each.dispatch)
-            for each in claims
+        together, further = self.sql["claim_together"], self.sql["claim_further"]
+        asked = [
+            *([(together, len(claims), of_messages(claims))] if claims else []),
+            *((further, each.places, of_others(each, first_steps)) for each in behind),
         ]
-        names = ("run_ids", "shards", "plans", "firsts", "dispatches")
-        parameters: dict[str, Any] = {
-            name: array(column) for name, column in zip(names, zip(*rows, strict=True), strict=True)
-        }
-        parameters |= {
-            "tokens": array(new_token() for _ in claims),
-            "worker": worker,
-            "seconds": self.seconds,
-        }
+        of_all = {"worker": worker, "seconds": self.seconds}
         try:
             with connection.pipeline():  # as in `_claim`
                 connection.execute(self.sql["fence"])
-                claimed = connection.execute(self.sql["claim_together"], parameters)
+                claimed = [
+                    connection.execute(
+                        statement,
+                        {**parameters, **of_all, "tokens": array(new_token() for _ in range(most))},
+                    )
+                    for statement, most, parameters in asked
+                ]
         except psycopg.errors.LockNotAvailable:
             prepare_anew(connection)
             return []
-        return [_lease(row) for row in claimed.fetchall()]
+        return [_lease(row) for rows in claimed for row in rows.fetchall()]
 
     def claim_next(
         self,

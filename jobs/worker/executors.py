@@ -19,7 +19,7 @@ from billiard.process import current_process
 from beatless import postgres
 from beatless.observe.counters import WorkerCounters
 from beatless.orchestrator.board import SLOTS, Board, slots_of
-from beatless.orchestrator.concurrent import ConcurrentExecutor
+from beatless.orchestrator.concurrent import FURTHER_RUNS, ConcurrentExecutor
 from beatless.orchestrator.executor import Executor
 from beatless.orchestrator.fleet_watch import WORKER
 from beatless.orchestrator.group import GroupExecutor, GroupGuard, uncollected
@@ -137,7 +137,9 @@ class Executors:
     def begin_concurrent(self) -> ConcurrentExecutor:
         """Have one executor for all threads of this process, which executes many runs at once."""
         self._enter_process()
-        self._concurrent = self._made(ConcurrentExecutor)
+        self._concurrent = self._made(
+            ConcurrentExecutor, further_runs=min(FURTHER_RUNS, self.max_group_runs - 1)
+        )
         return self._concurrent
 
     def _enter_process(self) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from functools import partial
+from queue import SimpleQueue
 from typing import Any, NoReturn
 
 import psycopg
@@ -25,12 +26,13 @@ from beatless import (
     step,
 )
 from beatless.orchestrator import concurrent, loop_watch, shared_claims, shared_commits
+from beatless.orchestrator.claims import Behind, Claim
 from beatless.orchestrator.concurrent import ConcurrentExecutor
 from beatless.orchestrator.connections import ConnectionOfThread
 from beatless.orchestrator.events import EventType
 from beatless.orchestrator.group_commit import GroupCommit
 from beatless.orchestrator.journal import Journal
-from beatless.orchestrator.lease import Claim, Lease, Leases
+from beatless.orchestrator.lease import Lease, Leases
 from beatless.orchestrator.leased_writer import LeasedWriter
 from beatless.orchestrator.output_thread import OutputThread
 from beatless.orchestrator.records import Appended
@@ -163,6 +165,7 @@ def beatless_plans() -> list[Plan]:
 @pytest.fixture
 def executor(beatless: Kit) -> Iterator[ConcurrentExecutor]:
     made = beatless.app.executors.begin_concurrent()
+    made.further_runs = 0  # the tests say which run is executed when
     made.start()
     yield made
     made.stop()
@@ -249,12 +252,19 @@ class Claims(Leases):
         super().__init__(schema, seconds=30.0)
         self.together: list[list[str]] = []
         self.alone: list[str] = []
+        self.further: list[int] = []
 
     def claim_together(
-        self, connection: psycopg.Connection[Any], claims: Sequence[Claim], *, worker: str
+        self,
+        connection: psycopg.Connection[Any],
+        claims: Sequence[Claim],
+        behind: Sequence[Behind],
+        **options: Any,
     ) -> list[Lease]:
-        self.together.append([each.run_id for each in claims])
-        return super().claim_together(connection, claims, worker=worker)
+        if claims:
+            self.together.append([each.run_id for each in claims])
+        self.further += [each.places for each in behind]
+        return super().claim_together(connection, claims, behind, **options)
 
     def claim(
         self, connection: psycopg.Connection[Any], run_id: str, **options: Any
@@ -269,12 +279,12 @@ def claims(beatless: Kit) -> Claims:
 
 
 @pytest.fixture
-def have_executed(beatless: Kit, claims: Claims) -> Callable[[Sequence[str]], None]:
+def have_executed(beatless: Kit, claims: Claims) -> Callable[..., None]:
     """Have the runs of messages executed that have all come before the first claim."""
 
-    def execute(runs: Sequence[str]) -> None:
+    def execute(runs: Sequence[str], *, further: int = 0) -> None:
         executor = beatless.app.executors.begin_concurrent()
-        executor.leases = claims
+        executor.leases, executor.further_runs = claims, further
         for run_id in runs:
             plan = beatless.app.plans[beatless.client.get_run(run_id).plan]
             executor.spawn(partial(executor.execute, plan, run_id, 1))
@@ -287,7 +297,7 @@ def have_executed(beatless: Kit, claims: Claims) -> Callable[[Sequence[str]], No
 def test_runs_whose_messages_have_come_together_are_claimed_in_one_statement(
     beatless: Kit,
     claims: Claims,
-    have_executed: Callable[[Sequence[str]], None],
+    have_executed: Callable[..., None],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """It begins their first steps too: of a run that begins nothing is read."""
@@ -311,7 +321,7 @@ def test_runs_whose_messages_have_come_together_are_claimed_in_one_statement(
 def test_a_statement_claims_so_many_runs_at_most(
     beatless: Kit,
     claims: Claims,
-    have_executed: Callable[[Sequence[str]], None],
+    have_executed: Callable[..., None],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(shared_claims, "MAX_RUNS", 2)
@@ -323,7 +333,7 @@ def test_a_statement_claims_so_many_runs_at_most(
 
 
 def test_a_run_with_two_messages_is_executed_once(
-    beatless: Kit, claims: Claims, have_executed: Callable[[Sequence[str]], None]
+    beatless: Kit, claims: Claims, have_executed: Callable[..., None]
 ) -> None:
     run_id, other = (beatless.start_run("quick", number).run_id for number in range(2))
     have_executed([run_id, run_id, other])
@@ -354,7 +364,7 @@ def test_a_claim_that_waits_for_its_row_keeps_no_other_run_from_its_own(
 
 
 def test_runs_of_a_paused_queue_and_with_limits_are_claimed_by_themselves(
-    beatless: Kit, claims: Claims, have_executed: Callable[[Sequence[str]], None]
+    beatless: Kit, claims: Claims, have_executed: Callable[..., None]
 ) -> None:
     """The message of one goes back to wait; a limit has no room for two."""
     paused = beatless.start_run("quick", queue="night").run_id
@@ -375,7 +385,7 @@ def test_runs_of_a_paused_queue_and_with_limits_are_claimed_by_themselves(
 def test_a_claim_of_several_runs_that_fails_is_made_for_each(
     beatless: Kit,
     claims: Claims,
-    have_executed: Callable[[Sequence[str]], None],
+    have_executed: Callable[..., None],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def refuse(*_: Any, **__: Any) -> NoReturn:
@@ -391,7 +401,7 @@ def test_a_claim_of_several_runs_that_fails_is_made_for_each(
 
 
 def test_a_run_whose_lease_has_run_out_is_claimed_by_itself(
-    beatless: Kit, claims: Claims, have_executed: Callable[[Sequence[str]], None]
+    beatless: Kit, claims: Claims, have_executed: Callable[..., None]
 ) -> None:
     runs = [beatless.start_run("quick", number).run_id for number in range(2)]
     with beatless.crash(at="step.before"):
@@ -405,9 +415,101 @@ def test_a_run_whose_lease_has_run_out_is_claimed_by_itself(
     beatless.verify()
 
 
+def backlog(beatless: Kit, count: int) -> list[str]:
+    """Runs that wait since long before a message comes."""
+    runs = [beatless.start_run("quick", number).run_id for number in range(count)]
+    beatless.advance(60)
+    return runs
+
+
+def test_a_message_has_those_executed_that_come_next_in_a_backlog(
+    beatless: Kit,
+    claims: Claims,
+    have_executed: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One after the other, so many at most."""
+    monkeypatch.setattr(concurrent, "FURTHER_S", 1e9)
+    first, *others = backlog(beatless, 5)
+    have_executed([first], further=3)
+
+    assert (claims.together, claims.alone, claims.further) == ([[first]], [], [1, 1, 1])
+    ended = [beatless.client.get_run(run_id) for run_id in others]
+    assert [run.result for run in ended] == [1, 2, 3, None]
+    assert {run.worker for run in ended[:3]} == {beatless.client.get_run(first).worker}
+    beatless.work_until_idle()
+    beatless.verify()
+
+
+@pytest.mark.parametrize(("name", "value"), [("FURTHER_S", 0.0), ("BACKLOG_S", 1e9)])
+def test_a_message_brings_no_other_run_after_some_time_or_without_a_backlog(
+    beatless: Kit,
+    claims: Claims,
+    have_executed: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    value: float,
+) -> None:
+    monkeypatch.setattr(concurrent, name, value)
+    first, other = backlog(beatless, 2)
+    have_executed([first], further=3)
+
+    assert claims.further == []
+    assert beatless.client.get_run(other).state is RunState.QUEUED
+
+
+def test_a_worker_that_stops_takes_no_further_run(
+    beatless: Kit, claims: Claims, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(concurrent, "FURTHER_S", 1e9)
+    first, other = (beatless.start_run("in_a_thread", number).run_id for number in range(2))
+    beatless.advance(60)
+    executor = beatless.app.executors.begin_concurrent()
+    executor.leases, executor.stopping = claims, threading.Event()
+    executor.start()
+    executor.spawn(partial(executor.execute, beatless.app.plans["in_a_thread"], first, 1))
+    assert INSIDE.wait(60)
+    executor.stopping.set()
+    LET_GO.set()
+    executor.stop()
+
+    assert (CALLED, claims.further) == ([0], [])
+    assert beatless.client.get_run(other).state is RunState.QUEUED
+
+
+def test_runs_that_have_ended_together_ask_for_as_many_in_one_commit(beatless: Kit) -> None:
+    """With the messages that have come meanwhile; one that got none is told so."""
+    ended = [leased(beatless, queue) for queue in ("day", "night", "day", "day")]
+    given = [leased(beatless, queue) for queue in ("day", "day", "night", "day")]
+    message = Claim(run_id=given[3].run.run_id, plan="quick", first_step="quick", dispatch=1)
+    asked: list[tuple[Sequence[Claim], Sequence[Behind]]] = []
+
+    def claim(claims: Sequence[Claim], behind: Sequence[Behind]) -> Sequence[Lease]:
+        asked.append((claims, behind))
+        return given
+
+    done: SimpleQueue[Callable[[], Any]] = SimpleQueue()
+    found = shared_claims.SharedClaims(claim, done.put)
+    answers = [found.put(each) for each in (*ended, message)]
+    found.flush()
+    done.get(timeout=60)()
+    found.stop()
+
+    places = {each.run_id: each.places for each in asked[0][1]}
+    assert asked[0][0] == [message]
+    assert places == {ended[3].run.run_id: 3, ended[1].run.run_id: 1}
+    expected = [given[0], given[2], given[1], None, given[3]]
+    assert [each.result(0) for each in answers] == expected
+
+
+def leased(beatless: Kit, queue: str) -> Lease:
+    """A lease of a run of this queue, as if it had been claimed."""
+    return Lease(run=beatless.start_run("quick", queue=queue), token=1)
+
+
 def test_a_run_of_async_steps_takes_no_thread_beside_the_loop(
     beatless: Kit,
-    have_executed: Callable[[Sequence[str]], None],
+    have_executed: Callable[..., None],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     asked: list[Any] = []
@@ -420,7 +522,7 @@ def test_a_run_of_async_steps_takes_no_thread_beside_the_loop(
 
 
 def test_a_step_that_may_begin_once_is_begun_behind_the_claim(
-    beatless: Kit, have_executed: Callable[[Sequence[str]], None]
+    beatless: Kit, have_executed: Callable[..., None]
 ) -> None:
     """After a death in between nobody would know that its body was not called."""
     executor = beatless.app.executors.begin_concurrent()
