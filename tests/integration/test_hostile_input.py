@@ -299,7 +299,7 @@ def test_a_question_that_no_stored_text_can_answer_is_refused(
         for client in (beatless.client, far):
             questions: dict[str, Callable[[], Any]] = {
                 "run_id|name": lambda client=client: client.get_run(text),
-                "(run_id|name) ": lambda client=client: list(client.stream_run(text, timeout=5)),
+                "(run_id|name) ": lambda client=client: list(client.stream_run(text, timeout=60)),
                 "queue": lambda client=client: client.list_runs(queue=text),
                 "step": lambda client=client: client.list_runs(step=text),
                 "tag": lambda client=client: client.failed_runs(tags={"a": text}),
@@ -335,7 +335,7 @@ def test_a_name_that_fits_into_no_url_is_refused_before_it_is_sent(api: Api) -> 
     with Client(api.url) as far:
         for ask in (
             lambda: far.get_run(endless),
-            lambda: list(far.stream_run(endless, timeout=5)),
+            lambda: list(far.stream_run(endless, timeout=60)),
             lambda: far.pause_queue(endless),
             lambda: far.list_runs(queue=endless),
         ):
