@@ -228,7 +228,7 @@ def test_dev_says_that_an_app_names_a_database_of_its_own(tmp_path: Path) -> Non
     assert "did not become ready" in done.stderr
 
 
-@pytest.mark.long
+@pytest.mark.long(minutes=1)
 def test_a_killed_dev_takes_everything_with_it_and_the_next_one_goes_on(
     dev: Callable[..., Dev], tmp_path: Path
 ) -> None:

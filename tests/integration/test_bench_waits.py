@@ -13,7 +13,7 @@ FIGURES = {
 }
 
 
-@pytest.mark.long
+@pytest.mark.long(minutes=2)
 @pytest.mark.parametrize("part", PARTS)
 def test_a_part_of_the_measurement_comes_to_its_end(part, capsys) -> None:
     main([part, "--size", "0.01", "--repeats", "1"])

@@ -116,7 +116,7 @@ def settle(kit: Kit, seconds: float) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("of_each", [1, pytest.param(6, marks=pytest.mark.long)])
+@pytest.mark.parametrize("of_each", [1, pytest.param(6, marks=pytest.mark.long(minutes=1))])
 def test_a_deploy_in_the_middle_loses_and_doubles_nothing(beatless: Kit, of_each: int) -> None:
     DONE.clear()
     app = beatless.app

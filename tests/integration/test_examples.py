@@ -114,7 +114,7 @@ def test_a_visitor_of_the_page_orders_and_follows_the_run(
 
 
 @of("fan_out")
-@pytest.mark.parametrize("files", [12, pytest.param(999, marks=pytest.mark.long)])
+@pytest.mark.parametrize("files", [12, pytest.param(999, marks=pytest.mark.long(minutes=1))])
 def test_the_words_of_all_files_are_counted(beatless: Kit, tmp_path: Path, files: int) -> None:
     for number in range(files):
         (tmp_path / f"{number}.txt").write_text(f"the words of {number}")

@@ -100,7 +100,7 @@ def freezing(app: App) -> Iterator[subprocess.Popen[bytes]]:
         child.wait()
 
 
-@pytest.mark.long
+@pytest.mark.long(minutes=1)
 def test_a_relay_frozen_in_the_middle_of_a_batch_is_replaced_and_harms_nothing_when_it_wakes(
     beatless: Kit, beatless_app: App, postgres: psycopg.Connection
 ) -> None:

@@ -60,7 +60,7 @@ def small_runs(kit: Kit, postgres: psycopg.Connection[Any], name: str) -> tuple[
     return (max(end for end in ends if end) - since).total_seconds(), groups[: last + 1]
 
 
-@pytest.mark.long
+@pytest.mark.long(minutes=1)
 def test_small_tenants_are_done_beside_one_with_twenty_thousand_runs(
     beatless: Kit, postgres: psycopg.Connection[Any]
 ) -> None:

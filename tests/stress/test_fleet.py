@@ -36,7 +36,7 @@ def clock(postgres: psycopg.Connection) -> float:
     return float(row[0].timestamp())
 
 
-@pytest.mark.long
+@pytest.mark.long(minutes=1)
 def test_no_run_starts_within_a_pause_and_none_is_lost_or_doubled(
     beatless: Kit, postgres: psycopg.Connection
 ) -> None:

@@ -104,7 +104,7 @@ LEASES_NOW = (
 )
 
 
-@pytest.mark.long
+@pytest.mark.long(minutes=1)
 def test_a_limit_is_reached_and_never_passed_while_workers_and_relays_die_and_freeze(
     beatless: Kit, postgres: psycopg.Connection[Any], tmp_path: Path
 ) -> None:

@@ -23,7 +23,7 @@ from beatless.testing import Kit
 from tests.integration.test_relay import noting, running
 from tests.valkeys import until
 
-pytestmark = pytest.mark.long
+pytestmark = pytest.mark.long(minutes=1)
 
 SECONDS = 60
 FAULT_EVERY_S = 5.0

@@ -21,7 +21,10 @@ from tests.http_proxy import Proxy
 from tests.serving import serving
 from tests.viewers import Viewers
 
-RUNS = [pytest.param(8, id="8 runs"), pytest.param(100, id="100 runs", marks=pytest.mark.long)]
+RUNS = [
+    pytest.param(8, id="8 runs"),
+    pytest.param(100, id="100 runs", marks=pytest.mark.long(minutes=1)),
+]
 
 
 @step
