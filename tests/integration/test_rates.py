@@ -45,6 +45,7 @@ def beatless_plans() -> list[Plan]:
         Plan("flaky", [flaky], limits=[RATE]),
         Plan("both", [ask], limits=[RATE, Limit("one", at_once=1)]),
         Plan("fast", [ask], limits=[Limit("fast", rate="1000/s")]),
+        Plan("one", [ask], limits=[Limit("one", at_once=1)]),
     ]
 
 
@@ -57,6 +58,29 @@ def patient(beatless_app: App) -> Iterator[psycopg.Connection]:
 
 def start(kit: Kit, plan: str = "ask", **options: Any) -> str:
     return kit.start_run(plan, **options).run_id
+
+
+def test_a_run_without_a_rate_is_claimed_and_ends_without_a_look_at_any(
+    beatless: Kit, beatless_app: App, postgres: psycopg.Connection
+) -> None:
+    """What is the same for each claim is read by functions whose statements stay parsed."""
+    run_id = start(beatless, "one")
+    schema = beatless_app.settings.schema
+    with closing(beatless_app.executors.connect()) as other:
+        other.execute("BEGIN")
+        tables = f"{schema}.limit_rates, {schema}.rate_settings"
+        other.execute(f"LOCK TABLE {tables} IN ACCESS EXCLUSIVE MODE".encode())
+        assert beatless.executor().execute(beatless_app.plans["one"], run_id, 1)
+        other.execute("ROLLBACK")
+    assert [run_id] == BODIES
+    beatless.verify()
+    in_sql = postgres.execute(
+        "SELECT proname FROM pg_proc JOIN pg_language l ON l.oid = prolang "
+        "WHERE pronamespace = %s::regnamespace AND lanname = 'sql' "
+        "AND proname IN ('limits_of', 'rates_of')",
+        (schema,),
+    )
+    assert in_sql.fetchall() == []
 
 
 def next_look_s(postgres: psycopg.Connection) -> float | None:
