@@ -171,7 +171,7 @@ def test_a_cancel_that_overtakes_its_statement_costs_no_session(
 
         assert sessions.state is State.AWAKE
         assert not sessions.watch_granted
-        assert (sessions.bell.cancels, sessions.watch.cancels) == (2, 2)
+        assert min(sessions.bell.cancels, sessions.watch.cancels) > 1  # again until it is heard
     postgres.execute("SELECT pg_advisory_unlock_all()")
 
 
