@@ -1,13 +1,13 @@
 """The argument of an `async def` step: as that of others, and nothing in it blocks the loop."""
 
 import asyncio
-from collections.abc import Awaitable, Generator
+from collections.abc import Awaitable, Callable, Generator
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
 from beatless.orchestrator.context import StepContext, in_percent
 from beatless.orchestrator.events import NewEvent
-from beatless.orchestrator.loop_thread import WriteLane
+from beatless.orchestrator.loop_thread import Together, WriteLane
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
@@ -40,9 +40,17 @@ class AsyncStepContext(StepContext):
     ...     return {"answer": "yes"}
     """
 
-    def __init__(self, *, lane: WriteLane, **options: Any) -> None:
+    def __init__(
+        self,
+        *,
+        lane: WriteLane,
+        share: Callable[[NewEvent], Together | None],
+        **options: Any,
+    ) -> None:
+        """`share` has an event written together with those of other runs, if it can be."""
         super().__init__(**options)
         self._lane = lane
+        self._share = share
         self._nothing = Write(_written())
         self._emptied = _written()
         """The write of output that was handed over last."""
@@ -98,7 +106,7 @@ class AsyncStepContext(StepContext):
         await self._lane.drained()
 
     def _handed_over(self, event: NewEvent) -> Awaitable[None]:
-        handed_over = self._lane.put(lambda: self._append(event))
+        handed_over = self._lane.put(lambda: self._append(event), self._share(event))
         if not _in_loop():  # a thread of the step, which may wait
             handed_over.result()
         return Write(handed_over)

@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextvars import copy_context
+from functools import partial
 from typing import Any, TypeVar
 
 import psycopg
@@ -20,15 +21,19 @@ from beatless.orchestrator.body import call_body
 from beatless.orchestrator.claims import Behind, Claim
 from beatless.orchestrator.connections import ConnectionOfThread
 from beatless.orchestrator.context import StepContext
+from beatless.orchestrator.events import NewEvent
 from beatless.orchestrator.executor import Executor
 from beatless.orchestrator.group_commit import GroupCommit
 from beatless.orchestrator.held_rows import RowHeld, giving_way
 from beatless.orchestrator.lease import Connection, Lease
+from beatless.orchestrator.loop_thread import Together
 from beatless.orchestrator.loop_watch import PlanWatch
 from beatless.orchestrator.plan import Plan, Step
 from beatless.orchestrator.requests import BodyEnded, RunBody, Stopped
 from beatless.orchestrator.shared_claims import SharedClaims
 from beatless.orchestrator.shared_commits import SharedCommits
+from beatless.orchestrator.shared_traces import SharedTrace, SharedTraces
+from beatless.orchestrator.sure_writer import SureWriter
 from beatless.orchestrator.suspects import BodiesInFlight
 from beatless.orchestrator.switch_thread import SwitchThread
 from beatless.orchestrator.turns import HAND_BACK, Answer, Turn, Turns
@@ -121,7 +126,9 @@ class ConcurrentExecutor(Executor):
         """A message may have so many `further_runs` executed behind its own: see `go_on`."""
         super().__init__(connect=connect, **options)
         self.connections = self._connections = ConnectionOfThread(connect)
-        self._commits = SharedCommits(GroupCommit(self.journal.schema), self.connection)
+        statement = GroupCommit(self.journal.schema)
+        self._commits = SharedCommits(statement, self.connection)
+        self._traces = SharedTraces(self.journal, statement, self.connection, self.disconnect)
         self._in_flight = BodiesInFlight(self.heartbeat)
         self._first_steps = {
             name: first
@@ -173,6 +180,7 @@ class ConcurrentExecutor(Executor):
         self._thread.stop()
         self._plan_watch.stop()
         self._claims.stop()
+        self._traces.stop()
         for pool in (self._bodies, self._asides, self._within):
             pool.shutdown(wait=False)
         self._connections.close_all()
@@ -282,6 +290,10 @@ class ConcurrentExecutor(Executor):
         """Whether a body is not to be called: it may have waited for its turn for hours."""
         too_late = lease.late and not body.compensating
         return too_late or lease.lost or self.stopping.is_set()
+
+    def share(self, writer: SureWriter, attempt: Attempt, event: NewEvent) -> Together:
+        trace = SharedTrace(writer=writer, attempt=attempt, event=event)
+        return partial(self._traces.put, trace)
 
     def beside(self) -> Beside:
         return GreenletsBeside(self._thread, self._call_one)

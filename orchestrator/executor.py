@@ -25,12 +25,13 @@ from beatless.orchestrator.children import ChildRuns
 from beatless.orchestrator.connections import Connections, OneConnection
 from beatless.orchestrator.context import StepContext
 from beatless.orchestrator.errors import DeadlineExceeded, LeaseLost, StepTimeout
+from beatless.orchestrator.events import NewEvent
 from beatless.orchestrator.executions import requests_of
 from beatless.orchestrator.heartbeat import Heartbeat
 from beatless.orchestrator.journal import Journal
 from beatless.orchestrator.lease import Connection, Lease, Leases
 from beatless.orchestrator.limited_writer import LimitedWriter
-from beatless.orchestrator.loop_thread import LoopThread
+from beatless.orchestrator.loop_thread import LoopThread, Together
 from beatless.orchestrator.observer import Claimed, NotClaimed, StepCommitted, TakenOver
 from beatless.orchestrator.output_thread import OutputThread
 from beatless.orchestrator.pace import Pace
@@ -72,7 +73,7 @@ from beatless.orchestrator.step_transaction import (
     Transactions,
     check_transaction,
 )
-from beatless.orchestrator.sure_writer import AWAY, NEVER
+from beatless.orchestrator.sure_writer import AWAY, NEVER, SureWriter
 from beatless.orchestrator.turns import HAND_BACK, IN_DOUBT, Answer, Turn, Turns
 from beatless.orchestrator.watchdog import Attempt, no_limit
 from beatless.outbox.clock import monotonic
@@ -171,6 +172,11 @@ class Executor:
     def within(self, act: Callable[[], T]) -> T:
         """The same for the transaction of a step, which cannot be done again."""
         return act()
+
+    def share(self, writer: SureWriter, attempt: Attempt, event: NewEvent) -> Together | None:
+        """How an event of an async step is written together with those of other runs, if it is."""
+        del writer, attempt, event
+        return None
 
     def beside(self) -> Beside:
         """Has bodies of one run called at the same time."""
@@ -581,7 +587,8 @@ class RunDriver:
         executor, step, results = self._executor, request.step, request.results
         kind: Callable[..., StepContext] = StepContext
         if step.is_async:
-            kind = partial(AsyncStepContext, lane=executor.loop.lane())
+            share = partial(executor.share, self._writer, attempt)
+            kind = partial(AsyncStepContext, lane=executor.loop.lane(), share=share)
             if has_reads(results):  # nothing in the loop must wait for Postgres
                 results = executor.aside(partial(without_reads, results))
         return kind(

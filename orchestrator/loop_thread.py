@@ -35,6 +35,9 @@ END_S = 1.0
 """Seconds for which the end of the loop is waited for: a body may block it."""
 
 
+Together = Callable[[Callable[[bool], None]], None]
+"""Has a write made in a statement with those of others; tells once whether it was."""
+
 BODY: ContextVar[str] = ContextVar("beatless_body", default="")
 """The name of the task of a body, in all that it begins."""
 
@@ -226,17 +229,21 @@ class WriteLane:
         self._writers = writers
         self._loop = loop
         self._mutex = threading.Lock()
-        self._ahead: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
+        self._ahead: deque[tuple[Future[Any], Callable[[], Any], Together | None]] = deque()
         self._working = False
 
-    def put(self, write: Callable[[], Any]) -> Future[Any]:
-        """Have this written; the future has its outcome."""
+    def put(self, write: Callable[[], Any], together: Together | None = None) -> Future[Any]:
+        """Have this written; the future has its outcome.
+
+        It is tried `together` with the writes of others first, if that is given.
+        """
         future: Future[Any] = Future()
         with self._mutex:
-            self._ahead.append((future, write))
-            if not self._working:
-                self._working = True
-                self._writers.submit(self._work)
+            self._ahead.append((future, write, together))
+            if self._working:
+                return future
+            self._working = True
+        self._begin(together)
         return future
 
     async def drained(self) -> None:
@@ -250,7 +257,10 @@ class WriteLane:
                 if not self._ahead:
                     self._working = False
                     return
-                future, write = self._ahead[0]
+                future, write, together = self._ahead[0]
+            if together is not None:
+                together(self._told)
+                return
             if future.running() or future.set_running_or_notify_cancel():
                 try:
                     future.set_result(copy_context().run(giving_way, write))
@@ -266,3 +276,25 @@ class WriteLane:
 
     def _go_on(self) -> None:
         self._writers.submit(self._work)
+
+    def _begin(self, together: Together | None) -> None:
+        """Have the first one made, together with others or in a thread."""
+        if together is None:
+            self._writers.submit(self._work)
+        else:
+            together(self._told)
+
+    def _told(self, written: bool) -> None:
+        """The first one was written together with others; if not, it is written by itself."""
+        with self._mutex:
+            future, write, _ = self._ahead[0]
+            if written:
+                self._ahead.popleft()
+            else:
+                self._ahead[0] = (future, write, None)
+            self._working = bool(self._ahead)
+            following = [together for _, _, together in self._ahead][:1]
+        if written and future.set_running_or_notify_cancel():
+            future.set_result(None)
+        for together in following:
+            self._begin(together)

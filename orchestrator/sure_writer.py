@@ -21,7 +21,8 @@ from beatless.orchestrator.lease import Connection, Lease, Leases, LeaseStatus
 from beatless.orchestrator.records import Appended
 from beatless.orchestrator.settlement import Settlement
 from beatless.orchestrator.state import RunState
-from beatless.orchestrator.step_output import StepOutput
+from beatless.orchestrator.step_output import Portion, StepOutput
+from beatless.orchestrator.watchdog import Attempt
 from beatless.outbox.backoff import Backoff
 
 logger = logging.getLogger("beatless.orchestrator.executor")
@@ -126,6 +127,37 @@ class SureWriter:
         if found is None or not (goes_on and self._lease.cancelled):
             return found
         return replace(found, cancelled=True)
+
+    def begin_shared(self, attempt: Attempt, event: NewEvent) -> Portion | None:
+        """An event of a step, for a statement that commits it with those of other runs.
+
+        None if it is to be written by itself: a thread writes just now, for which this one does not
+        wait, or something else is to be written first. Nobody else writes before `end_shared`.
+        """
+        if self._lease.lost or not self._writing.acquire(blocking=False):
+            return None
+        output = self._outputs.get(id(attempt))
+        tried = any(each.tried for each in list(self._outputs.values()))
+        if output is None or output.waiting or tried or self._doubtful is not None:
+            self._writing.release()
+            return None
+        return Portion(
+            run_id=self._run_id,
+            token=self._lease.token,
+            after=self._last_seq,
+            events=[event],
+            connection=self._connection,
+            disconnect=self._disconnect,
+        )
+
+    def end_shared(self, event: NewEvent, appended: Appended | None, *, in_doubt: bool) -> None:
+        """It was written, or not, or it is not known whether it was; others may write again."""
+        if appended is not None:
+            self._last_seq = appended.last_seq
+            self._lease.cancelled |= appended.cancelled
+        elif in_doubt:
+            self._doubtful = event
+        self._writing.release()
 
     def cancel_requested(self) -> bool:
         """Whether a cancel was accepted, by the row and not by the last heartbeat."""

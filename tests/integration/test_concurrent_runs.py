@@ -4,7 +4,7 @@ import asyncio
 import logging
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -38,6 +38,7 @@ from beatless.orchestrator.output_thread import OutputThread
 from beatless.orchestrator.records import Appended
 from beatless.orchestrator.settlement import Boundary, Proposal, Settlement
 from beatless.orchestrator.shared_commits import SharedCommits
+from beatless.orchestrator.shared_traces import SharedTrace, SharedTraces
 from beatless.orchestrator.step_output import Portion
 from beatless.orchestrator.turns import IN_DOUBT
 from beatless.testing import Kit
@@ -742,7 +743,7 @@ def test_traces_that_wait_for_their_rows_leave_the_threads_to_others(
     with rows_held(beatless, connection, held):
         LET_GO.set()
         assert beatless.wait_for_run_completion(free).state is RunState.COMPLETED
-        until(lambda: len(writing) == 7)
+        until(lambda: len(writing) == len(held))
     for run_id in held:
         beatless.wait_for_run_completion(run_id)
         names = [e.data["name"] for e in beatless.client.events(run_id) if e.type == "DebugTrace"]
@@ -844,7 +845,8 @@ def test_writes_in_doubt_whose_rows_are_held_leave_the_threads_to_others(
 ) -> None:
     """An answer is lost, and the row that it has to be looked up under belongs to somebody."""
     monkeypatch.setattr(shared_commits, "LEFT_OUT_S", 0.0)
-    monkeypatch.setattr(GroupCommit, "settle", lambda *_: {})  # each boundary by itself
+    for shared in ("settle", "append"):  # each boundary and trace by itself
+        monkeypatch.setattr(GroupCommit, shared, lambda *_: {})
     held = [execute(plan, number) for number in range(in_doubt)]
     until(lambda: len(CALLED) == in_doubt)
     journal, leases = beatless.app.journal, beatless.app.leases
@@ -891,6 +893,94 @@ def statements(beatless: Kit, executor: ConcurrentExecutor) -> Iterator[Statemen
     executor.outputs = OutputThread(found)
     yield found
     executor.outputs.stop()
+
+
+class Traces(SharedTraces):
+    """Notes how many traces are in each commit; the first waits until the test says so."""
+
+    def __init__(self, executor: ConcurrentExecutor) -> None:
+        statement = GroupCommit(executor.journal.schema)
+        super().__init__(executor.journal, statement, executor.connection, executor.disconnect)
+        self.asked: list[SharedTrace] = []
+        self.sizes: list[int] = []
+        self.go_on = threading.Event()
+        self.error: psycopg.Error | None = None
+        self.writes = True
+
+    def put(self, trace: SharedTrace, told: Callable[[bool], None]) -> None:
+        super().put(trace, told)
+        self.asked.append(trace)
+
+    def _commit(self, portions: Sequence[Portion]) -> Mapping[int, Appended]:
+        self.sizes.append(len(portions))
+        assert self.go_on.wait(60)
+        written = super()._commit(portions) if self.writes else {}
+        if self.error is not None:
+            raise self.error
+        return written
+
+
+@pytest.fixture
+def shared(executor: ConcurrentExecutor) -> Iterator[Traces]:
+    found = executor._traces = Traces(executor)
+    LET_GO.set()  # they trace at once
+    yield found
+    found.stop()
+
+
+def trace_names(beatless: Kit, run_id: str) -> list[Any]:
+    return [e.data["name"] for e in beatless.client.events(run_id) if e.type == "DebugTrace"]
+
+
+def test_traces_of_many_steps_are_one_commit(
+    beatless: Kit, execute: Callable[..., str], shared: Traces
+) -> None:
+    """All that is traced while one is under way is in the next."""
+    runs = [execute("traces") for _ in range(20)]
+    until(lambda: len(shared.asked) == 20)
+    shared.go_on.set()
+    for run_id in runs:
+        assert beatless.wait_for_run_completion(run_id).state is RunState.COMPLETED
+        assert trace_names(beatless, run_id) == ["waits for the row"]
+
+    assert sum(shared.sizes) == 20
+    assert len(shared.sizes) <= 2
+    beatless.verify()
+
+
+def test_two_traces_of_a_step_are_in_their_order(
+    beatless: Kit, execute: Callable[..., str], shared: Traces
+) -> None:
+    shared.go_on.set()
+    run_id = execute("traces_twice")
+
+    assert beatless.wait_for_run_completion(run_id).state is RunState.COMPLETED
+    assert trace_names(beatless, run_id) == ["waits for the row", "and then"]
+    assert shared.sizes == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("error", "writes"),
+    [
+        (psycopg.OperationalError("the answer is lost"), True),
+        (psycopg.OperationalError("the server is gone"), False),
+        (psycopg.DataError("one of the values is odd"), False),
+    ],
+    ids=["lost", "gone", "refused"],
+)
+def test_traces_whose_commit_fails_are_written_once_each(
+    beatless: Kit, execute: Callable[..., str], shared: Traces, error: psycopg.Error, writes: bool
+) -> None:
+    shared.error, shared.writes = error, writes
+    runs = [execute("traces") for _ in range(4)]
+    until(lambda: len(shared.asked) == 4)
+    shared.go_on.set()
+
+    for run_id in runs:
+        assert beatless.wait_for_run_completion(run_id).state is RunState.COMPLETED
+        assert trace_names(beatless, run_id) == ["waits for the row"]
+    assert len(shared.sizes) <= 2
+    beatless.verify()
 
 
 def output(beatless: Kit, run_id: str) -> list[Any]:
