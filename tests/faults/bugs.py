@@ -561,6 +561,18 @@ BUGS = {
         "         WHERE (SELECT count(*) FROM limit_slots s"
         " WHERE s.limit_id = each.id) < each.at_once\n",
     ),
+    "a claim behind an end takes no slot": Bug(
+        "orchestrator/lease.sql",
+        "   WHERE limited AND {schema}.take_slots(run_id)\n",
+        "   WHERE limited\n",
+        (
+            Bug(
+                "jobs/migrations/versions/0025_kept_slots.pre.sql",
+                "     + (SELECT count(*) FROM limit_loans o WHERE o.run_id = NEW.run_id)\n",
+                "     + 8\n",
+            ),
+        ),
+    ),
     "a group that has had a turn is passed by": Bug(
         "jobs/migrations/versions/0023_age_after.pre.sql",
         "      FROM lane l CROSS JOIN LATERAL (\n",

@@ -64,7 +64,8 @@ SET search_path FROM CURRENT AS $$ BEGIN
     'token', NEW.lease_token, 'worker', NEW.worker, 'was_running', OLD.state = 'running',
     'lease_until', extract(epoch FROM OLD.lease_expires_at),
     'at', extract(epoch FROM clock_timestamp()),
-    'statement_at', extract(epoch FROM statement_timestamp()), 'queue', NEW.queue));
+    'statement_at', extract(epoch FROM statement_timestamp()), 'queue', NEW.queue,
+    'slots', (SELECT count(*) FROM limit_slots s WHERE s.run_id = NEW.run_id)));
   RETURN NULL;
 END $$;
 CREATE FUNCTION chaos_lease() RETURNS trigger LANGUAGE plpgsql

@@ -19,7 +19,8 @@ host. `kind` says what a record is:
 | `row` | `run_id`, `step`: a transactional step has written this row |
 | `log` | `id`, `txid`, `run_id`, and one of `event` (`type`, `seq`, `source`, `step`, `attempt`, |
 | | `statement_at`), |
-| | `claim` (`token`, `worker`, `was_running`, `lease_until`, `at`, `statement_at`, `queue`) and |
+| | `claim` (`token`, `worker`, `was_running`, `lease_until`, `at`, `statement_at`, `queue`, |
+| | `slots`: of limits, that the run has then) and |
 | | `lease` (`worker`, `until`, `at`, `statement_at`, `seconds`: renewed, or ended at once): |
 | | written by triggers, under the lock of the run's row; of `source` `takeover` is what a |
 | | worker writes instead of a start, for a step that has ended its process too often |

@@ -40,6 +40,15 @@ def leases_are_within_limits(history: History) -> Iterator[Violation]:
                 yield Violation("I14", run_id, f"{held} slots of {plan} at {at:.3f}, not {most}")
 
 
+def leases_have_slots(history: History) -> Iterator[Violation]:
+    """A lease begins with a slot, whoever claims; one that is taken over has it already."""
+    for run_id, run, _ in history.each_run():
+        if "at_once" in history.plan(run):
+            for record in history.log[run_id]:
+                if record["claim"] and not record["claim"]["slots"]:
+                    yield Violation("I14", run_id, "was claimed without a slot")
+
+
 def slots_are_of_leases(history: History) -> Iterator[Violation]:
     """The commit that ends a lease frees its slots."""
     for slot in history.slots:
@@ -80,6 +89,7 @@ def _ends_attempt(event: Record) -> bool:
 
 RULES: tuple[Callable[[History], Iterator[Violation]], ...] = (
     leases_are_within_limits,
+    leases_have_slots,
     slots_are_of_leases,
     attempts_are_within_limits,
 )

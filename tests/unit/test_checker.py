@@ -39,7 +39,7 @@ def logged(id: int, txid: int, run_id: str, **what: Any) -> dict[str, Any]:
 
 def claim(token: int, at: float, **more: Any) -> dict[str, Any]:
     found = {"token": token, "worker": "w", "was_running": False, "lease_until": None, "at": at}
-    return {"claim": found | {"statement_at": at, "queue": "calm"} | more}
+    return {"claim": found | {"statement_at": at, "queue": "calm", "slots": 1} | more}
 
 
 def kept(worker: str, until: float, at: float) -> dict[str, Any]:
@@ -394,6 +394,7 @@ LIES: dict[str, tuple[str, Lie]] = {
         "I14",
         add({"kind": "slot", "limit_id": "lim", "run_id": "l1"}),
     ),
+    "a lease without a slot": ("I14", change({"kind": "log", "run_id": "l1"}, claim={"slots": 0})),
     "two leases where a limit lets have one": ("I14", add(*held("l3", 93, 120.5, 121.05))),
     "two runs where one keeps its slot": (
         "I14",
