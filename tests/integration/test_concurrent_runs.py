@@ -136,6 +136,11 @@ def thinks(run: RunContext[Any]) -> str:
     return "thought"
 
 
+@plan("both")
+async def both(run: RunContext[Any]) -> None:
+    await asyncio.gather(run.step(traces), run.step(traces))
+
+
 STEPS = (
     quick,
     leaves_a_trace,
@@ -154,6 +159,7 @@ PLANS = [
     Plan("limited", [quick], limits=[Limit("one", at_once=1)]),
     Plan("goes_on", [in_a_thread, quick]),
     thinks,
+    both,
 ]
 
 
@@ -349,10 +355,11 @@ def test_a_claim_that_waits_for_its_row_keeps_no_other_run_from_its_own(
     beatless: Kit,
     claims: Claims,
     connection: psycopg.Connection[Any],
-    executor: ConcurrentExecutor,
 ) -> None:
     """Nor is it given up: it is made again by itself, and waits there."""
-    executor.leases = claims
+    executor = beatless.app.executors.begin_concurrent()
+    executor.leases, executor.further_runs = claims, 0
+    executor.start()
     held, *others = (beatless.start_run("quick", number).run_id for number in range(4))
     with rows_held(beatless, connection, [held]):
         for run_id in (held, *others):
@@ -360,7 +367,8 @@ def test_a_claim_that_waits_for_its_row_keeps_no_other_run_from_its_own(
         until(lambda: held in claims.alone)
         for run_id in others:
             assert beatless.wait_for_run_completion(run_id).state is RunState.COMPLETED
-    assert claims.alone.count(held) == len(claims.alone)
+    executor.stop()
+    assert set(claims.alone) == {held}
     beatless.verify()
 
 
@@ -957,6 +965,21 @@ def test_two_traces_of_a_step_are_in_their_order(
     assert beatless.wait_for_run_completion(run_id).state is RunState.COMPLETED
     assert trace_names(beatless, run_id) == ["waits for the row", "and then"]
     assert shared.sizes == [1, 1]
+
+
+def test_two_traces_of_a_run_are_in_no_one_commit(
+    beatless: Kit, execute: Callable[..., str], shared: Traces
+) -> None:
+    """Of two branches, which are asked for while another commit is under way."""
+    execute("traces")
+    until(lambda: shared.sizes == [1])
+    run_id = execute("both")
+    until(lambda: len(shared.asked) == 3)
+    shared.go_on.set()
+
+    assert beatless.wait_for_run_completion(run_id).state is RunState.COMPLETED
+    assert trace_names(beatless, run_id) == ["waits for the row"] * 2
+    assert max(shared.sizes) == 1
 
 
 @pytest.mark.parametrize(
