@@ -216,6 +216,12 @@ class History:
         events = self.events.get(run_id, [])
         return events[-1]["ts"] if events and events[-1]["type"] == "RunFinished" else NEVER
 
+    def end_heard(self, run_id: str) -> float:
+        """When somebody first heard that a run has ended; infinite: nobody has."""
+        events = self.events.get(run_id, [])
+        ended = events and events[-1]["type"] == "RunFinished"
+        return self.heard.get((run_id, events[-1]["seq"]), NEVER) if ended else NEVER
+
     def end_before(self, run: Record) -> float:
         """When the runs with its dedupe key had ended that were there before; 0: it has none."""
         if not run.get("dedupe_key"):

@@ -906,6 +906,7 @@ def test_runs_of_one_key_pass_one_after_the_other() -> None:
         (
             [
                 *synced(1, 2),
+                *({**wire(n), "run_id": "s", "at": 109.9} for n in range(1, 6)),
                 call("start", 110.0, 111.0, plan="synced", run_id="s", number=5, start="joined"),
             ],
             "I13 s: had ended, and a start has joined it",
@@ -914,6 +915,12 @@ def test_runs_of_one_key_pass_one_after_the_other() -> None:
 )
 def test_what_a_dedupe_key_promises_is_checked(records: list[dict[str, Any]], rule: str) -> None:
     assert [str(violation) for violation in check(records)] == [rule]
+
+
+def test_a_run_whose_end_nobody_can_know_of_yet_is_joined() -> None:
+    joins = call("start", 110.0, 111.0, plan="synced", run_id="s", number=5, start="joined")
+    heard = ({**wire(n), "run_id": "s", "at": 110.1} for n in range(1, 6))
+    assert check([*synced(1, 2), *heard, joins]) == []
 
 
 def test_a_result_of_another_input_and_an_input_for_a_run_that_has_begun_are_found() -> None:
