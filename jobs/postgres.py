@@ -12,6 +12,7 @@ from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from beatless.credentials import Password, ask
 from beatless.outbox import forks
 from beatless.outbox.adapters import ADAPTERS, Cursor
+from beatless.outbox.counted_connection import CountedConnection
 from beatless.outbox.sessions import (
     CLIENT_CHECK_INTERVAL,
     KEEPALIVE,
@@ -63,7 +64,7 @@ def _options(url: str) -> str:
 def connect(settings: Settings, name: str) -> psycopg.Connection[Any]:
     """A connection for statements of ours alone."""
     return _open(
-        psycopg.Connection,
+        CountedConnection,
         settings.database_url,
         name,
         direct=not settings.pooled,
