@@ -11,6 +11,7 @@ from beatless.orchestrator.branch_execution import MOST_IN_FLIGHT
 from beatless.orchestrator.lease import Lease
 from beatless.orchestrator.requests import BodyEnded, RunBody, Stopped
 from beatless.orchestrator.watchdog import Attempt
+from beatless.outbox.threads import submitted
 
 CallBody = Callable[[RunBody], BodyEnded]
 """Calls a body; the end of its attempt. Raises LeaseLost."""
@@ -37,7 +38,7 @@ class ThreadsBeside:
 
     def begin(self, lease: Lease, body: RunBody, call: CallBody) -> Future[BodyEnded]:
         del lease  # no other run is in this process
-        return self._threads.submit(copy_context().run, call, body)
+        return submitted(self._threads, copy_context().run, call, body)
 
     def wait(self, ended: Future[None], timeout_s: float | None) -> None:
         wait([ended], timeout_s)

@@ -40,6 +40,7 @@ from beatless.orchestrator.turns import HAND_BACK, Answer, Turn, Turns
 from beatless.orchestrator.watchdog import Attempt
 from beatless.outbox.backoff import Backoff
 from beatless.outbox.clock import monotonic
+from beatless.outbox.threads import submitted
 
 T = TypeVar("T")
 
@@ -323,7 +324,9 @@ class ConcurrentExecutor(Executor):
         if step.is_async:
             return self.limit(attempt, body)
         own_context = copy_context()
-        return self._thread.wait(self._bodies.submit(own_context.run, self.limit, attempt, body))
+        return self._thread.wait(
+            submitted(self._bodies, own_context.run, self.limit, attempt, body)
+        )
 
     def wait(self, future: Future[T]) -> T:
         found: T = self._thread.wait(future)
@@ -333,10 +336,12 @@ class ConcurrentExecutor(Executor):
         failures = 0
         while True:
             try:
-                return self._thread.wait(self._asides.submit(copy_context().run, giving_way, act))
+                done: Future[T] = submitted(self._asides, copy_context().run, giving_way, act)
+                return self._thread.wait(done)
             except RowHeld:
                 failures += 1
                 self._thread.pause(BETWEEN_TRIES.delay(failures))
 
     def within(self, act: Callable[[], T]) -> T:
-        return self._thread.wait(self._within.submit(copy_context().run, act))
+        done: Future[T] = submitted(self._within, copy_context().run, act)
+        return self._thread.wait(done)

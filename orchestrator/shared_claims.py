@@ -10,6 +10,7 @@ from typing import Any
 
 from beatless.orchestrator.claims import Behind, Claim
 from beatless.orchestrator.lease import Lease
+from beatless.outbox.threads import submitted
 
 logger = logging.getLogger("beatless.orchestrator.executor")
 
@@ -59,7 +60,7 @@ class SharedClaims:
         batch = self._next()
         self._under_way = True
         try:
-            claimed = self._pool.submit(self._claim, *_parted(batch))
+            claimed = submitted(self._pool, self._claim, *_parted(batch))
         except RuntimeError as error:  # its thread cannot be started
             claimed = Future()
             claimed.set_exception(error)

@@ -3,11 +3,15 @@
 import logging
 import threading
 from collections.abc import Callable
+from concurrent.futures import Executor, Future
+from typing import TypeVar
 
 from beatless.outbox.faults import SimulatedCrash
 from beatless.outbox.observer import Observer, ThreadFailed, ThreadRecovered, ignore
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 RESTART_S = 1.0
 """How long a thread or task that failed unexpectedly rests before it starts over."""
@@ -63,3 +67,28 @@ class LastingThread(threading.Thread):
         """Wait for its end; its work was asked to stop before."""
         self._ending.set()
         self.join(timeout)
+
+
+def submitted(pool: Executor, act: Callable[..., T], *arguments: object) -> Future[T]:
+    """Have a pool of threads do this; raises RuntimeError if it cannot, and then it never does.
+
+    `submit` leaves what it has no new thread for in the queue of the pool: whoever was told that it
+    failed would have it done all the same, by the next thread.
+    """
+    future: Future[T] = Future()
+    try:
+        pool.submit(_do, future, act, *arguments)
+    except RuntimeError:
+        if future.cancel():
+            raise
+    return future
+
+
+def _do(future: Future[T], act: Callable[..., T], *arguments: object) -> None:
+    if not future.set_running_or_notify_cancel():
+        return
+    try:
+        future.set_result(act(*arguments))
+    except BaseException as error:  # of whoever waits for it
+        future.set_exception(error)
+        del future  # its traceback refers to this frame: no circle for the garbage collector

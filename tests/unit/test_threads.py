@@ -3,6 +3,7 @@
 import logging
 import threading
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,7 +22,7 @@ from beatless.outbox.chores import Chores
 from beatless.outbox.clock import monotonic
 from beatless.outbox.observer import RelayFailed, RelayStarted, ThreadFailed
 from beatless.outbox.queries import Queries
-from beatless.outbox.threads import LastingThread
+from beatless.outbox.threads import LastingThread, submitted
 
 
 class Untold(Exception):
@@ -218,6 +219,34 @@ def test_a_batch_has_a_result_after_anything(error: BaseException) -> None:
     publisher.close()
 
 
+def full(_thread: threading.Thread) -> None:
+    raise RuntimeError("can't start new thread")
+
+
+def test_what_had_no_thread_is_not_done_by_the_next_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+    with ThreadPoolExecutor(1) as pool:
+        with monkeypatch.context() as context:
+            context.setattr(threading.Thread, "start", full)
+            with pytest.raises(RuntimeError):
+                submitted(pool, done.append, "the first")
+        submitted(pool, done.append, "the second").result(60)
+    assert done == ["the second"]
+
+
+def test_what_another_thread_has_begun_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of the pool that was free by then has taken it."""
+    with ThreadPoolExecutor(2) as pool:
+        submit = pool.submit
+
+        def submit_and_fail(*work: Any) -> Any:
+            submit(*work).result(60)
+            raise RuntimeError("can't start new thread")
+
+        monkeypatch.setattr(pool, "submit", submit_and_fail)
+        assert submitted(pool, int, "7").result(60) == 7
+
+
 def test_a_thread_that_could_not_be_started_is_started_with_the_next_lease(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -230,10 +259,6 @@ def test_a_thread_that_could_not_be_started_is_started_with_the_next_lease(
 
     heartbeat = Heartbeat(Extended("s", seconds=0.03), Connection)  # type: ignore[arg-type]
     with monkeypatch.context() as context:
-
-        def full(_thread: threading.Thread) -> None:
-            raise RuntimeError("can't start new thread")
-
         context.setattr(threading.Thread, "start", full)
         with pytest.raises(RuntimeError):
             heartbeat.hold(lease())
