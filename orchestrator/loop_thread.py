@@ -292,9 +292,9 @@ class WriteLane:
                 self._ahead.popleft()
             else:
                 self._ahead[0] = (future, write, None)
-            self._working = bool(self._ahead)
-            following = [together for _, _, together in self._ahead][:1]
+            self._working = goes_on = bool(self._ahead)
+            together = self._ahead[0][2] if goes_on else None
         if written and future.set_running_or_notify_cancel():
             future.set_result(None)
-        for together in following:
+        if goes_on:
             self._begin(together)
