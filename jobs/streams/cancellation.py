@@ -11,10 +11,15 @@ def kept_cancellation() -> Iterator[None]:
 
     Before Python 3.12 asyncio.wait_for swallows a cancellation that comes when what it waits for
     has just ended (python/cpython#86296), and redis-py awaits each of its writes by it. A task that
-    goes on then is one that nobody knows of.
+    goes on then is one that nobody knows of. An error that came just then gives way to it.
     """
     task = asyncio.current_task()
     before = task.cancelling() if task is not None else 0
-    yield
+    try:
+        yield
+    except Exception as error:
+        if task is not None and task.cancelling() > before:
+            raise asyncio.CancelledError from error
+        raise
     if task is not None and task.cancelling() > before:
         raise asyncio.CancelledError

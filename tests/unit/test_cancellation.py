@@ -1,6 +1,7 @@
 """Whoever cancels a task that waits for a stream is not ignored, on any Python."""
 
 import asyncio
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from typing import Any
 
@@ -29,13 +30,21 @@ async def swallow(awaited: Awaited) -> None:
         await awaited
 
 
-def test_a_cancellation_that_a_library_swallows_is_raised() -> None:
+async def swallow_by_an_error(awaited: Awaited) -> None:
+    await swallow(awaited)
+    raise ConnectionResetError
+
+
+@pytest.mark.parametrize("library", [swallow, swallow_by_an_error])
+def test_a_cancellation_that_a_library_swallows_is_raised(
+    library: Callable[[Awaited], Awaitable[None]],
+) -> None:
     async def main() -> bool:
         awaited = Awaited()
 
         async def work() -> None:
-            with kept_cancellation():
-                await swallow(awaited)
+            with suppress(OSError), kept_cancellation():
+                await library(awaited)
 
         task = asyncio.create_task(work())
         await awaited.begun.wait()
@@ -46,11 +55,24 @@ def test_a_cancellation_that_a_library_swallows_is_raised() -> None:
     assert asyncio.run(main())
 
 
-def test_a_timeout_around_the_block_is_still_a_timeout() -> None:
+@pytest.mark.parametrize("library", [swallow, swallow_by_an_error])
+def test_a_timeout_around_the_block_is_still_a_timeout(
+    library: Callable[[Awaited], Awaitable[None]],
+) -> None:
     async def main() -> None:
         async with asyncio.timeout(0):
             with kept_cancellation():
-                await swallow(Awaited())
+                await library(Awaited())
+
+    with pytest.raises(TimeoutError):
+        asyncio.run(main())
+
+
+def test_an_error_of_a_task_that_nobody_cancels_is_raised() -> None:
+    async def main() -> None:
+        with kept_cancellation():
+            async with asyncio.timeout(0):
+                await Awaited()
 
     with pytest.raises(TimeoutError):
         asyncio.run(main())
