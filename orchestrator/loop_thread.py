@@ -21,7 +21,7 @@ from beatless.orchestrator.held_rows import RowHeld, giving_way
 from beatless.orchestrator.loop_watch import LoopWatch
 from beatless.outbox import forks
 from beatless.outbox.observer import Observer, ignore
-from beatless.outbox.threads import LastingThread
+from beatless.outbox.threads import LastingThread, submitted
 
 T = TypeVar("T")
 
@@ -275,14 +275,26 @@ class WriteLane:
                 self._ahead.popleft()
 
     def _go_on(self) -> None:
-        self._writers.submit(self._work)
+        self._begin(None)
 
     def _begin(self, together: Together | None) -> None:
         """Have the first one made, together with others or in a thread."""
-        if together is None:
-            self._writers.submit(self._work)
-        else:
+        if together is not None:
             together(self._told)
+            return
+        try:
+            submitted(self._writers, self._work)
+        except RuntimeError as error:  # a thread cannot be started: nobody would make any of them
+            self._fail(error)
+            raise
+
+    def _fail(self, error: RuntimeError) -> None:
+        with self._mutex:
+            left, self._working = list(self._ahead), False
+            self._ahead.clear()
+        for future, _, _ in left:
+            if future.running() or future.set_running_or_notify_cancel():
+                future.set_exception(error)
 
     def _told(self, written: bool) -> None:
         """The first one was written together with others; if not, it is written by itself."""

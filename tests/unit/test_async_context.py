@@ -2,7 +2,10 @@
 
 import asyncio
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+
+import pytest
 
 from beatless.orchestrator.async_context import Write
 from beatless.orchestrator.loop_thread import WriteLane
@@ -30,3 +33,32 @@ def test_a_write_happens_if_one_who_awaits_it_is_cancelled_and_the_others_go_on(
     with ThreadPoolExecutor(1) as writers:
         assert asyncio.run(body(writers)) == "written"
     assert written == ["trace"]
+
+
+def test_writes_that_no_thread_can_be_started_for_fail_and_keep_nobody_waiting(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As one that others have not written with theirs, and the one behind it."""
+    written: list[str] = []
+
+    def full(_thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    async def body(writers: ThreadPoolExecutor) -> None:
+        lane = WriteLane(writers, asyncio.get_running_loop())
+        told: list[Callable[[bool], None]] = []
+        traces = [lane.put(lambda: written.append("trace"), told.append) for _ in range(2)]
+        with monkeypatch.context() as context:
+            context.setattr(threading.Thread, "start", full)
+            with pytest.raises(RuntimeError, match="thread"):
+                told[0](False)
+        async with asyncio.timeout(60):
+            for trace in traces:
+                with pytest.raises(RuntimeError, match="thread"):
+                    await Write(trace)
+            await Write(lane.put(lambda: written.append("next")))
+            await lane.drained()
+
+    with ThreadPoolExecutor(1) as writers:
+        asyncio.run(body(writers))
+    assert written == ["next"]
