@@ -54,6 +54,13 @@ class Asked:
     told: Callable[[bool], None]
     """Called once, in the thread that writes: whether it was written."""
 
+    def tell(self, *, written: bool) -> None:
+        """Call `told`."""
+        try:
+            self.told(written)
+        except Exception:  # of one, as its process ends or has no thread for it: others are told
+            logger.exception("a trace was left", extra={"action": "trace_left"})
+
 
 class SharedTraces:
     """The traces that are to be written. For any thread; a thread of its own writes them.
@@ -92,7 +99,7 @@ class SharedTraces:
             with self._mutex:
                 left, self._asked, self._works = self._asked, [], False
             for each in left:
-                each.told(False)
+                each.tell(written=False)
 
     def stop(self) -> None:
         """Write no more."""
@@ -150,10 +157,7 @@ class SharedTraces:
                 each.trace.end(found, in_doubt=in_doubt and found is None)
         tokens = {id(each): portion.token for each, portion in begun}
         for each in batch:
-            try:
-                each.told(tokens.get(id(each)) in written)
-            except Exception:  # of one, as its process ends: the others are told
-                logger.exception("a trace was left", extra={"action": "trace_left"})
+            each.tell(written=tokens.get(id(each)) in written)
 
     def _commit(self, portions: Sequence[Portion]) -> Mapping[int, Appended]:
         """Those that were written, by token. Of one alone by the statement that costs less."""

@@ -4,11 +4,13 @@ import asyncio
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NoReturn
 
 import pytest
 
 from beatless.orchestrator.async_context import Write
 from beatless.orchestrator.loop_thread import WriteLane
+from beatless.orchestrator.shared_traces import SharedTraces
 
 
 async def awaits(write: Write) -> str:
@@ -62,3 +64,22 @@ def test_writes_that_no_thread_can_be_started_for_fail_and_keep_nobody_waiting(
     with ThreadPoolExecutor(1) as writers:
         asyncio.run(body(writers))
     assert written == ["next"]
+
+
+def test_traces_that_no_thread_can_be_started_for_are_all_told(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of two that have come by then the first cannot be written by itself either."""
+    given: Any = None
+    traces, told = SharedTraces(given, given, given, given), list[bool]()
+
+    def full(*_: Any) -> NoReturn:
+        traces.put(given, told.append)
+        raise RuntimeError("can't start new thread")
+
+    def fail(_written: bool) -> NoReturn:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(traces._pool, "submit", full)
+    traces.put(given, fail)
+    assert told == [False]
