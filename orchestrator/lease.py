@@ -251,7 +251,7 @@ class Leases:
     ) -> list[Lease]:
         """Claim several runs, whose messages have come together, in one commit; and others.
 
-        No row is waited for. A run is missing that is to be claimed by itself, or not at all: one
+        No run is waited for. A run is missing that is to be claimed by itself, or not at all: one
         whose row another transaction holds, one that has limits, that another worker has or had,
         or that is not due. The others are as those of `claim_with_others`.
         """

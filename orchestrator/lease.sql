@@ -122,8 +122,9 @@ SELECT {claimed_columns}, begun, {claim_doorbell} FROM u AS r
 
 -- name: claim_together
 -- Take the leases of runs that wait and are due, whose messages have come together.
--- No row is waited for: one that another transaction holds is left out. So are those that wait for
+-- No run is waited for: one whose row another transaction holds is left out. So are those that wait for
 -- more than their message: with limits, or of a paused queue. `claim` is for them, and for takeovers.
+-- Its dispatch is waited for: a relay that has sent the message just now has it for a moment.
 WITH found AS MATERIALIZED (
   SELECT x.*
     FROM unnest(%(run_ids)s::text[], %(shards)s::smallint[], %(plans)s::text[],
