@@ -25,7 +25,10 @@ COUNTS = ("queued", "delayed", "waiting", "active", "completed", "failed", "canc
 @click.group(invoke_without_command=True)
 @click.pass_context
 def queues(context: click.Context) -> None:
-    """Every queue with its counts, of all namespaces: with runs, a setting, or a worker."""
+    """Every queue with its counts, of all namespaces.
+
+    A queue is listed while it has runs, a setting, or a worker.
+    """
     if context.invoked_subcommand is None:
         context.invoke(list_queues)
 
