@@ -467,12 +467,17 @@ def test_a_pipeline_of_the_callers_is_none_of_ours(beatless_app: App, url: str) 
 
 def test_a_session_that_cannot_leave_a_pipeline_is_not_used_again(beatless_app: App) -> None:
     """As after a row that was held, when psycopg has taken one answer for another."""
-    with closing(OneConnection(beatless_app.executors.connect)) as connections:
-        connection = connections.get()
-        with pytest.raises(RowHeld), connection.pipeline():
+
+    def meet_a_held_row(connection: psycopg.Connection) -> None:
+        with connection.pipeline():
             connection.execute("SELECT 1")
             connection.pgconn.pipeline_sync()  # an answer that psycopg does not expect
             raise RowHeld("run")
+
+    with closing(OneConnection(beatless_app.executors.connect)) as connections:
+        connection = connections.get()
+        with pytest.raises(RowHeld):
+            meet_a_held_row(connection)
 
         assert connections.get() is not connection
         with connections.get().pipeline(), connections.get().transaction():
