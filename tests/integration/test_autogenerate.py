@@ -143,6 +143,6 @@ def test_the_env_py_of_the_page_writes_and_runs_the_migrations_of_the_project_al
         connection.commit()
         del config.attributes["connection"]
         command.check(config)  # raises if there is anything left to write
-        assert inspect(engine).get_table_names() == ["alembic_version", "orders"]
+        assert sorted(inspect(engine).get_table_names()) == ["alembic_version", "orders"]
         assert set(inspect(engine).get_table_names(schema="beatless")) >= OURS
     engine.dispose()
