@@ -13,9 +13,10 @@ function followAll(base, show, forget, { types = TYPES, refused = logAll } = {})
     const answer = await fetch(url(), { headers, signal: asked.signal }).catch(() => undefined);
     asked.abort();
     if (ended) return;
-    if (answer?.status >= 400 && answer.status < 500) { // as 401: nobody is logged in any more
+    const status = answer?.status;
+    if (status >= 400 && status < 500 && status !== 429) { // as 401: nobody is logged in any more
       stop();
-      return refused(answer.status);
+      return refused(status);
     }
     open();
   }

@@ -8,7 +8,7 @@ import psycopg
 import pytest
 from fastapi import FastAPI, Request
 from fastapi.responses import HTMLResponse, PlainTextResponse
-from playwright.sync_api import Page, expect
+from playwright.sync_api import Page, Response, expect
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from beatless import App
@@ -198,15 +198,16 @@ def test_the_client_of_the_page_about_http_follows_all_runs_and_shows_each_event
 
 
 class Restarted:
-    """A host that answers a stream with 503, as long as it is `away`."""
+    """A host that answers a stream with this status, as long as it is `away`."""
 
-    def __init__(self, host: ASGIApp) -> None:
+    def __init__(self, host: ASGIApp, status: int = 503) -> None:
         self.host = host
+        self.status = status
         self.away = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if self.away and scope.get("path", "").endswith("/stream"):
-            await PlainTextResponse("restarting", status_code=503)(scope, receive, send)
+            await PlainTextResponse("restarting", status_code=self.status)(scope, receive, send)
         else:
             await self.host(scope, receive, send)
 
@@ -223,21 +224,27 @@ FOLLOWS_ALL = (
 )
 
 
+@pytest.mark.parametrize("status", [503, 429])
 def test_the_client_of_all_runs_comes_again_after_its_host_was_away(
-    beatless: Kit, open_page: Opener, monkeypatch: pytest.MonkeyPatch
+    beatless: Kit, open_page: Opener, monkeypatch: pytest.MonkeyPatch, status: int
 ) -> None:
     """An EventSource is closed for good by any answer but 200."""
-    host = Restarted(host_that_ends_streams(beatless, monkeypatch))
+    host = Restarted(host_that_ends_streams(beatless, monkeypatch), status)
     ended = "(run) => window.seen.some((e) => e.run_id === run && e.type === 'RunFinished')"
+
+    def refused(answer: Response) -> bool:
+        """The question for the reason, too."""
+        return answer.status == status and answer.request.resource_type == "fetch"
+
     with hosting(host) as api:
-        page = open_page(expected="503 (Service Unavailable)")
+        page = open_page(expected=f"a status of {status} (")
         page.goto(f"{api.url}/")
         with page.expect_event("requestfinished", lambda asked: "/v1/stream" in asked.url):
             page.evaluate(FOLLOWS_ALL, AT)
         runs = [beatless.start_run("checkout", {"order": 1}).run_id]
         beatless.work_until_idle()
         page.wait_for_function(ended, arg=runs[0])
-        with page.expect_response(lambda answer: answer.status == 503):
+        with page.expect_response(refused):
             host.away = True
         runs.append(beatless.start_run("checkout", {"order": 2}).run_id)
         beatless.work_until_idle()
@@ -247,7 +254,7 @@ def test_the_client_of_all_runs_comes_again_after_its_host_was_away(
         assert page.evaluate("window.forgotten") == 0
 
         host.away = True  # before there was an event: nothing says where to go on
-        with page.expect_response(lambda answer: answer.status == 503):
+        with page.expect_response(refused):
             page.evaluate(FOLLOWS_ALL, AT)
         host.away = False
         page.wait_for_function("window.forgotten === 1")
