@@ -98,14 +98,9 @@ class Body(BaseModel):
         known = [each.alias or name for name, each in cls.model_fields.items()]
         unknown = [name for name in given if name not in known]
         if unknown:
-            raise PydanticCustomError(
-                "unknown_member",
-                "it has no {unknown}; its members: {known}",
-                {
-                    "unknown": ", ".join(_with_nearest(name, known) for name in unknown[:NAMED]),
-                    "known": ", ".join(known),
-                },
-            )
+            named = ", ".join(_with_nearest(name, known) for name in unknown[:NAMED])
+            told = f"it has no {named}; its members: {', '.join(known)}"
+            raise PydanticCustomError("unknown_member", "{told}", {"told": told})
         return given
 
 

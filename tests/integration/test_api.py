@@ -148,6 +148,7 @@ UNKNOWN: list[tuple[str, str, Any, str]] = [
     ("POST", "schedules/s/backfill", {"form": "2026-11-01T00:00:00Z"}, "(did you mean from?)"),
     ("PATCH", "schedules/s", {"crom": "@daily"}, "'crom' (did you mean cron?)"),
     ("GET", "failed-runs?plam=x", None, "query: it has no 'plam' (did you mean plan?)"),
+    ("POST", "runs/r/cancel", {"{told}{known}": 1}, "no '{told}{known}'; its members: reason"),
     ("POST", "runs", {"x" * 100_000: 1}, "'" + "x" * 64 + "'; its"),
 ]
 
