@@ -71,6 +71,7 @@ def all_end_with(kit: Kit, runs: list[str], last: str) -> bool:
 @pytest.mark.parametrize("name", ["list", "function"])
 def test_runs_are_undone_beside_each_other(beatless: Kit, name: str) -> None:
     executor = beatless.app.executors.begin_concurrent()
+    executor.further_runs = 0  # the first would claim one whose message the test has yet to bring
     executor.start()
     runs = [beatless.start_run(name, {}).run_id for _ in range(3)]
     try:
