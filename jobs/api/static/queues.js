@@ -8,7 +8,7 @@ const COUNTS = ["queued", "delayed", "waiting", "active", "completed", "failed",
 export async function showQueues(page) {
   const said = document.getElementById("said");
   const body = el("tbody", { id: "queues" });
-  const nothing = el("p", { class: "empty", hidden: true }, "No queues yet: a queue appears with its first run.");
+  const nothing = el("p", { class: "empty", hidden: true }, "No queues yet: a queue appears with its first run or worker.");
   const rows = new Rows(body, (queue) => queue.name, makeRow);
   let latest = new Map();
   let describe = () => {}; // what an open dialog says will happen
