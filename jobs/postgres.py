@@ -12,7 +12,6 @@ from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from beatless.credentials import Password, ask
 from beatless.outbox import forks
 from beatless.outbox.adapters import ADAPTERS, Cursor
-from beatless.outbox.counted_connection import CountedConnection
 from beatless.outbox.sessions import (
     CLIENT_CHECK_INTERVAL,
     KEEPALIVE,
@@ -64,7 +63,7 @@ def _options(url: str) -> str:
 def connect(settings: Settings, name: str) -> psycopg.Connection[Any]:
     """A connection for statements of ours alone."""
     return _open(
-        CountedConnection,
+        psycopg.Connection,
         settings.database_url,
         name,
         direct=not settings.pooled,

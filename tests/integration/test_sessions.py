@@ -8,7 +8,6 @@ import json
 import sys
 import uuid
 from collections.abc import Iterator
-from contextlib import closing
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -42,8 +41,6 @@ from beatless import (
 )
 from beatless.doctor import Doctor, Status
 from beatless.migrations import migrate
-from beatless.orchestrator.connections import OneConnection
-from beatless.orchestrator.held_rows import RowHeld
 from beatless.outbox import sessions
 from beatless.outbox.queries import execute
 from beatless.outbox.sessions import OWN, prepare_session
@@ -463,25 +460,6 @@ def test_a_pipeline_of_the_callers_is_none_of_ours(beatless_app: App, url: str) 
             act(beatless_app, connection)
             connection.execute("SELECT 1")
             act(beatless_app, connection)
-
-
-def test_a_session_that_cannot_leave_a_pipeline_is_not_used_again(beatless_app: App) -> None:
-    """As after a row that was held, when psycopg has taken one answer for another."""
-
-    def meet_a_held_row(connection: psycopg.Connection) -> None:
-        with connection.pipeline():
-            connection.execute("SELECT 1")
-            connection.pgconn.pipeline_sync()  # an answer that psycopg does not expect
-            raise RowHeld("run")
-
-    with closing(OneConnection(beatless_app.executors.connect)) as connections:
-        connection = connections.get()
-        with pytest.raises(RowHeld):
-            meet_a_held_row(connection)
-
-        assert connections.get() is not connection
-        with connections.get().pipeline(), connections.get().transaction():
-            assert connections.get().execute("SELECT 1").fetchone() == (1,)
 
 
 def test_a_scoped_session_is_taken(beatless_app: App) -> None:
