@@ -292,7 +292,7 @@ def test_the_reason_of_a_failed_initdb_is_told_and_not_its_clean_up(tmp_path: Pa
     folder.mkdir()
     (folder / "postgres").symlink_to(real / "postgres")
     broken = folder / "initdb"
-    broken.write_text(f'#!/bin/sh\nexec {real}/initdb "$@" --set max_connections=nothing\n')
+    broken.write_text(f'#!/bin/sh\nexec "{real}/initdb" "$@" --set max_connections=nothing\n')
     broken.chmod(0o755)
 
     with pytest.raises(ServiceFailed) as raised:

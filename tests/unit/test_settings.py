@@ -1,6 +1,7 @@
 """Settings: what the environment may say, and how a refusal reads."""
 
 import dataclasses
+from urllib.parse import quote
 
 import pytest
 import sqlalchemy
@@ -169,9 +170,10 @@ def test_files_of_urls_are_found_from_any_directory(tmp_path, monkeypatch):
     database, listen = map(conninfo_to_dict, (settings.database_url, settings.listen_url))
     assert (database["sslrootcert"], database["sslkey"]) == (f"{here}/a b/ca.pem", "/k.pem")
     assert (listen["sslrootcert"], listen["passfile"]) == ("system", f"{here}/pass")
-    assert f"ssl_ca_certs={here}/ca.pem" in settings.redis_url
-    assert f"ssl_keyfile={here}/../k.pem" in settings.redis_url
-    assert settings.broker_url.endswith(f"ssl_certfile={here}/c.pem")
+    folder = quote(str(here))
+    assert f"ssl_ca_certs={folder}/ca.pem" in settings.redis_url
+    assert f"ssl_keyfile={folder}/../k.pem" in settings.redis_url
+    assert settings.broker_url.endswith(f"ssl_certfile={folder}/c.pem")
     assert dataclasses.replace(settings) == settings
 
 
