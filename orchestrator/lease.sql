@@ -73,6 +73,17 @@ AND r.state = 'queued' AND coalesce(r.not_before <= clock_timestamp(), true)
 AND NOT EXISTS (SELECT FROM {schema}.queues q
                  WHERE q.name = r.queue AND q.paused_at IS NOT NULL)
 
+-- fragment: each_first_step
+-- Tables that write down the first steps which the claims `u` have begun.
+e AS (
+  INSERT INTO {schema}.run_events (run_id, seq, ts, type, source, step, attempt)
+  SELECT run_id, 2, clock_timestamp(), 'StepStarted', 'worker', first, 1
+    FROM u WHERE begun
+), o AS (
+  INSERT INTO {schema}.run_outbox (shard, run_id, from_seq, to_seq)
+  SELECT shard, run_id, 2, 2 FROM u WHERE begun
+)
+
 -- name: claim
 -- Take the lease of a run that waits and is due, or whose lease has run out.
 -- A subquery of RETURNING sees the row as it was: since when the run has waited. The first step of a
@@ -150,14 +161,7 @@ WITH found AS MATERIALIZED (
   RETURNING r.*, found.shard, found.first, found.dispatch,
             (SELECT o.not_before FROM {schema}.runs o WHERE o.run_id = r.run_id) AS was_due,
             {begun} AS begun
-), e AS (
-  INSERT INTO {schema}.run_events (run_id, seq, ts, type, source, step, attempt)
-  SELECT run_id, 2, clock_timestamp(), 'StepStarted', 'worker', first, 1
-    FROM u WHERE begun
-), o AS (
-  INSERT INTO {schema}.run_outbox (shard, run_id, from_seq, to_seq)
-  SELECT shard, run_id, 2, 2 FROM u WHERE begun
-), d AS (
+), {each_first_step}, d AS (
   UPDATE {schema}.dispatches d
      SET state = 'running', due_at = u.lease_expires_at, reason = 'lease',
          attempts = least(greatest(d.attempts, u.dispatch), d.attempts::bigint + 1)
@@ -256,14 +260,7 @@ WITH own AS (
            + CASE WHEN {fresh} AND first IS NOT NULL THEN 1 ELSE 0 END
     FROM taken WHERE r.run_id = taken.run_id
   RETURNING r.*, shard, first, was_due, {begun} AS begun
-), e AS (
-  INSERT INTO {schema}.run_events (run_id, seq, ts, type, source, step, attempt)
-  SELECT run_id, 2, clock_timestamp(), 'StepStarted', 'worker', first, 1
-    FROM u WHERE begun
-), o AS (
-  INSERT INTO {schema}.run_outbox (shard, run_id, from_seq, to_seq)
-  SELECT shard, run_id, 2, 2 FROM u WHERE begun
-), d AS (
+), {each_first_step}, d AS (
   -- As if its message had been sent: one that the relay is just sending has this number.
   UPDATE {schema}.dispatches d
      SET state = 'running', due_at = u.lease_expires_at, reason = 'lease',
