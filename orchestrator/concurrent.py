@@ -22,7 +22,7 @@ from beatless.orchestrator.claims import Behind, Claim
 from beatless.orchestrator.connections import ConnectionOfThread
 from beatless.orchestrator.context import StepContext
 from beatless.orchestrator.events import NewEvent
-from beatless.orchestrator.executor import Executor
+from beatless.orchestrator.executor import BACKLOG_S, Executor
 from beatless.orchestrator.group_commit import GroupCommit
 from beatless.orchestrator.held_rows import RowHeld, giving_way
 from beatless.orchestrator.lease import Connection, Lease
@@ -57,9 +57,6 @@ others, and those that are in the broker, have their turn."""
 
 FURTHER_S = 1.0
 """Seconds after its claim in which it has such runs begun."""
-
-BACKLOG_S = 0.1
-"""Seconds that a run has waited if others wait behind it."""
 
 BETWEEN_TRIES = Backoff(initial=0.05, cap=2.0)
 """Seconds between two tries to write to a row that another transaction holds."""

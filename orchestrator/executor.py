@@ -84,6 +84,9 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+BACKLOG_S = 0.1
+"""Seconds that a run has waited if others wait behind it: the next one does not come alone."""
+
 GOES_ON_S = 2.0
 """Seconds after a message in which runs are claimed with the ends of others: then tasks of others,
 which may be in the same broker, have their turn."""

@@ -19,13 +19,13 @@ from dataclasses import dataclass, field
 
 import psycopg
 
-from beatless.orchestrator.executor import GOES_ON_S, Executor
+from beatless.orchestrator.executor import BACKLOG_S, GOES_ON_S, Executor
 from beatless.orchestrator.group_commit import GroupCommit
 from beatless.orchestrator.lease import Connection, Lease
 from beatless.orchestrator.plan import Plan
 from beatless.orchestrator.requests import RunBody
 from beatless.orchestrator.settlement import Proposal
-from beatless.orchestrator.sure_writer import AWAY, NEVER
+from beatless.orchestrator.sure_writer import may_be_committed
 from beatless.orchestrator.turns import HAND_BACK, IN_DOUBT, Answer, Turn, Turns
 from beatless.orchestrator.turnstile import Turnstile
 from beatless.outbox.clock import monotonic
@@ -44,9 +44,6 @@ are, the more runs are in it."""
 
 LULL_S = 0.02
 """Seconds after a message after which the next one is taken for one that comes alone."""
-
-BACKLOG_S = 0.1
-"""Seconds that a run has waited if others wait behind it: the next one does not come alone."""
 
 BUSY_S = 0.2
 """Seconds of one turn after which the other runs are handed back."""
@@ -270,7 +267,7 @@ class Group:
 
         If the answer was lost, each looks first whether it was written.
         """
-        lost = isinstance(error, AWAY) and not isinstance(error, NEVER)
+        lost = may_be_committed(error)
         logger.warning(
             "a commit of several runs failed, each is written alone",
             extra={

@@ -10,6 +10,9 @@ from beatless.outbox.message import shard_of
 from beatless.outbox.queries import Caller, array, execute
 from beatless.outbox.statements import statements
 
+MAX_RUNS = 100
+"""Runs of one statement, also of a claim."""
+
 OF_RUNS = (
     *("run_ids", "shards", "tokens", "afters", "ns", "states"),
     *("results", "errors", "delays", "reasons"),

@@ -9,13 +9,11 @@ from functools import partial
 from typing import Any
 
 from beatless.orchestrator.claims import Behind, Claim
+from beatless.orchestrator.group_commit import MAX_RUNS
 from beatless.orchestrator.lease import Lease
 from beatless.outbox.threads import submitted
 
 logger = logging.getLogger("beatless.orchestrator.executor")
-
-MAX_RUNS = 100
-"""Claims of one commit."""
 
 
 @dataclass(slots=True, kw_only=True, eq=False)

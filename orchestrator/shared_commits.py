@@ -5,19 +5,14 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
-import psycopg
-
-from beatless.orchestrator.group_commit import GroupCommit
+from beatless.orchestrator.group_commit import MAX_RUNS, GroupCommit
 from beatless.orchestrator.lease import Connection
 from beatless.orchestrator.settlement import Proposal
-from beatless.orchestrator.sure_writer import AWAY, NEVER
+from beatless.orchestrator.sure_writer import may_be_committed
 from beatless.orchestrator.turns import IN_DOUBT, Answer
 from beatless.outbox.clock import monotonic
 
 logger = logging.getLogger("beatless.orchestrator.executor")
-
-MAX_RUNS = 100
-"""Boundaries of one statement."""
 
 LEFT_OUT_INTERVAL_S = 0.05
 """Seconds until a boundary is tried again that the statement has left out."""
@@ -78,8 +73,7 @@ class SharedCommits:
         try:
             written = self._statement.settle(self._connection(), [each.proposal for each in batch])
         except Exception as error:  # of any kind: a run that got no answer would wait for ever
-            answered = isinstance(error, psycopg.Error) and not isinstance(error, AWAY)
-            lost = not answered and not isinstance(error, NEVER)
+            lost = may_be_committed(error)
             logger.warning(
                 "a commit of several runs failed, each is written alone",
                 extra={

@@ -5,24 +5,17 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
-
-import psycopg
 
 from beatless.orchestrator.events import NewEvent
-from beatless.orchestrator.group_commit import GroupCommit
+from beatless.orchestrator.group_commit import MAX_RUNS, GroupCommit
 from beatless.orchestrator.journal import Journal
+from beatless.orchestrator.lease import Connection
 from beatless.orchestrator.records import Appended
 from beatless.orchestrator.step_output import Portion
-from beatless.orchestrator.sure_writer import AWAY, NEVER, SureWriter
+from beatless.orchestrator.sure_writer import SureWriter, may_be_committed
 from beatless.orchestrator.watchdog import Attempt
 
 logger = logging.getLogger("beatless.orchestrator.executor")
-
-Connection = psycopg.Connection[Any]
-
-MOST_RUNS = 100
-"""Traces of one statement."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,7 +112,7 @@ class SharedTraces:
         by_run: dict[str, Asked] = {}
         for each in self._asked:
             by_run.setdefault(each.trace.run_id, each)
-            if len(by_run) == MOST_RUNS:
+            if len(by_run) == MAX_RUNS:
                 break
         batch = list(by_run.values())
         taken = set(map(id, batch))
@@ -139,8 +132,7 @@ class SharedTraces:
                 written = self._commit([portion for _, portion in begun])
             in_doubt = False
         except Exception as error:  # of any kind: who waits for a trace would wait for ever
-            answered = isinstance(error, psycopg.Error) and not isinstance(error, AWAY)
-            in_doubt = not answered and not isinstance(error, NEVER)
+            in_doubt = may_be_committed(error)
             self._disconnect()
             logger.warning(
                 "a commit of traces of several runs failed, each is written by itself",

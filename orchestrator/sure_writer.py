@@ -42,6 +42,12 @@ NEVER = (psycopg.errors.ProgramLimitExceeded, psycopg.errors.StatementTooComplex
 """Operational errors to psycopg that no waiting will change."""
 
 
+def may_be_committed(error: Exception) -> bool:
+    """Whether what a statement was to write may be there: Postgres has not said that it is not."""
+    refused = isinstance(error, psycopg.Error) and not isinstance(error, AWAY)
+    return not refused and not isinstance(error, NEVER)
+
+
 class SureWriter:
     """Writes once, and finds out whether it was written."""
 
