@@ -844,7 +844,7 @@ def takeover(bench: Bench) -> None:
             ports = dict(
                 bench.db.execute(
                     "SELECT pid, client_port FROM pg_stat_activity"
-                    " WHERE application_name = 'beatless relay'"
+                    " WHERE starts_with(application_name, 'beatless relay')"
                 )
             )
             dead = {pid for pid in held.values() if ports[pid] in local_ports(victim.pid)}
