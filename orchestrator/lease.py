@@ -299,11 +299,11 @@ class Leases:
         claimed = connection.execute(
             self.sql["claim_next"],
             {
-                "ended_run": ended.run.run_id,
-                "ended_token": ended.token,
+                "run_id": ended.run.run_id,
+                "token": ended.token,
                 "worker": worker,
                 "seconds": self.seconds,
-                "token": ended.following_token,
+                "next": ended.following_token,
                 "plans": list(first_steps),
                 "firsts": list(first_steps.values()),
                 "redispatch": redispatch_s,

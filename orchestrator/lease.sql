@@ -42,8 +42,8 @@ extract(epoch FROM clock_timestamp()
   - coalesce(was_due, CASE WHEN attempt = 1 THEN created_at END))::float8,
 extract(epoch FROM clock_timestamp() - started_at)::float8, r.trace_context,
 coalesce(jsonb_path_exists(r.limits, '$[*].step'), false),
-CASE WHEN r.limits IS NULL THEN false
-     ELSE EXISTS (SELECT FROM {schema}.dispatches d WHERE d.run_id = r.run_id AND d.reason = 'slot') END
+r.limits IS NOT NULL
+  AND EXISTS (SELECT FROM {schema}.dispatches d WHERE d.run_id = r.run_id AND d.reason = 'slot')
 
 -- fragment: first_lane
 -- The runs that come first in the queue of `own`, by its highest priority; none if the relay alone knows
@@ -60,7 +60,7 @@ SELECT d.queue, d.priority FROM {schema}.dispatches d
 
 -- fragment: first_waiting
 -- Some of these, those that wait the longest first.
-SELECT d.run_id, d.shard, d.task FROM {schema}.dispatches d
+SELECT d.* FROM {schema}.dispatches d
  WHERE d.state = 'waiting' AND d.queue = (SELECT queue FROM lane)
    AND d.priority = (SELECT priority FROM lane)
    AND d.due_at <= (SELECT clock_timestamp())
@@ -223,19 +223,19 @@ SELECT {claimed_columns}, true, {each_doorbell} FROM u AS r ORDER BY i
 -- first, by the weights of the queues; but not those of runs that were let in, which would end all such
 -- claims of a limit with the first that was late. A message that was sent just now is due once more after the
 -- redispatch time; one that was found to be in the broker, after longer.
+-- A run that another end has let in is left to its message, which may be on its way already: who took it would
+-- leave another one behind, of which the same is true, and a slot would be free all the time.
 -- The slots are taken of one run, and not where the planner could ask for those of others.
 WITH own AS (
-  SELECT r.queue, true AS fresh FROM {schema}.runs r
-   WHERE r.run_id = %(ended_run)s AND r.lease_token = %(ended_token)s AND r.finished_at IS NOT NULL
-     AND NOT EXISTS (
-       SELECT FROM {schema}.dispatches s
-        WHERE s.state = 'sent' AND s.reason <> 'slot'
-          AND s.queue = ANY(r.queue || ARRAY(
-                SELECT unnest(w.queues) FROM {schema}.workers w
-                 WHERE r.queue = ANY(w.queues)
-                   AND w.seen_at > now() - interval '{presence_expires_s} s'))
-          AND extract(epoch FROM s.due_at - clock_timestamp())
-              NOT BETWEEN %(just_sent)s AND %(redispatch)s)
+  SELECT queue, true AS fresh FROM {schema}.runs r
+   WHERE r.run_id = %(run_id)s AND r.lease_token = %(token)s AND finished_at IS NOT NULL
+     AND NOT EXISTS (SELECT FROM {schema}.dispatches s
+       WHERE s.state = 'sent' AND s.reason <> 'slot'
+         AND s.queue = ANY(r.queue || ARRAY(SELECT unnest(w.queues) FROM {schema}.workers w
+               WHERE r.queue = ANY(w.queues)
+                 AND w.seen_at > now() - interval '{presence_expires_s} s'))
+         AND extract(epoch FROM s.due_at - clock_timestamp())
+             NOT BETWEEN %(just_sent)s AND %(redispatch)s)
 ), lane AS (
   {first_lane}
 ), taken AS (
@@ -246,12 +246,13 @@ WITH own AS (
      SELECT r.run_id, r.not_before AS was_due, r.limits IS NOT NULL AS limited
        FROM {schema}.runs r
       WHERE {claimable}
+        AND (d.reason <> 'slot' OR r.xmin = pg_current_xact_id()::xid)
       LIMIT 1 FOR NO KEY UPDATE OF r SKIP LOCKED) r
    LIMIT 1) f
    WHERE limited AND {schema}.take_slots(run_id)
 ), u AS (
   UPDATE {schema}.runs r
-     SET state = 'running', attempt = least(attempt, 2147483646) + 1, lease_token = %(token)s,
+     SET state = 'running', attempt = least(attempt, 2147483646) + 1, lease_token = %(next)s,
          dead_token = NULL,
          lease_expires_at = clock_timestamp() + make_interval(secs => %(seconds)s),
          worker = %(worker)s, started_at = coalesce(started_at, clock_timestamp()),
@@ -264,7 +265,7 @@ WITH own AS (
   -- As if its message had been sent: one that the relay is just sending has this number.
   UPDATE {schema}.dispatches d
      SET state = 'running', due_at = u.lease_expires_at, reason = 'lease',
-         attempts = least(d.attempts, 2147483646) + 1
+         attempts = least(attempts, 2147483646) + 1
     FROM u WHERE d.run_id = u.run_id
 )
 SELECT {claimed_columns}, begun, {each_doorbell} FROM u AS r

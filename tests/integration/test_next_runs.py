@@ -462,6 +462,24 @@ def test_a_run_whose_claim_behind_an_end_was_not_answered_goes_on_at_once(
     beatless.verify()
 
 
+def test_a_run_that_another_end_has_let_in_is_left_to_its_message(
+    beatless: Kit, worker: Worker, postgres: psycopg.Connection
+) -> None:
+    """It is first in the queue; each end claims the run that it has let in itself."""
+    runs = [beatless.start_run("two").run_id for _ in range(6)]
+    beatless.drain_outbox_once()
+    for run_id in runs[:2]:  # of those that have not waited
+        assert beatless.executor().execute(beatless.app.plans["two"], run_id, 1)
+    assert [state(postgres, run_id) for run_id in runs[2:]] == ["waiting"] * 2 + ["delayed"] * 2
+
+    assert worker.deliver(runs[3]) == runs[3:]
+
+    assert state(postgres, runs[2]) == "waiting"
+    assert worker.deliver(runs[2]) == runs[2:3]
+    assert_idle(postgres)
+    beatless.verify()
+
+
 def test_two_workers_that_end_at_once_claim_different_runs(
     beatless: Kit, beatless_app: App, worker: Worker, postgres: psycopg.Connection
 ) -> None:

@@ -102,7 +102,6 @@ TYPES = {
     "dispatch": "int",
     "dispatches": "int[]",
     "ended": "bool",
-    "ended_token": "bigint",
     "errors": "text[]",
     "errors_cancelled": "text[]",
     "events": "float8",
