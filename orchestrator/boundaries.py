@@ -51,7 +51,7 @@ from beatless.orchestrator.progress import (
     following_name,
     known_step,
 )
-from beatless.orchestrator.settlement import Boundary, Settlement
+from beatless.orchestrator.settlement import NEVER_S, Boundary, Settlement
 from beatless.orchestrator.state import UNDOING, WAITS, RunState
 from beatless.orchestrator.waits import Wait
 from beatless.outbox.backoff import Backoff
@@ -204,6 +204,13 @@ class Boundaries:
         events = [*before, self._wait_start(progress.occurrence, wait)]
         going_on = Boundary(events=events, state=RunState.RUNNING)
         return self._unless_cancelled(progress, going_on, before)
+
+    def wait_parked(self, progress: Progress, wait: Wait, before: Sequence[NewEvent]) -> Settlement:
+        """The same, and with it the run leaves its worker."""
+        begun = self.wait_begun(progress, wait, before)
+        delay_s = NEVER_S if wait.seconds is None else wait.seconds
+        parked = replace(begun.normal, state=RunState.QUEUED, delay_s=delay_s)
+        return replace(begun, normal=parked, reason=WAITS)
 
     def parked(self, progress: Progress) -> Settlement:
         """The run leaves its worker until a signal comes, or its waits end."""

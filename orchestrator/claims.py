@@ -1,7 +1,10 @@
 """What is asked for when several runs are claimed: those of messages, and those that come next."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
+
+import psycopg
 
 from beatless.outbox.message import shard_of
 from beatless.outbox.queries import array
@@ -15,6 +18,15 @@ class Claim:
     plan: str
     first_step: str | None
     dispatch: int
+    reads_ahead: bool = False
+    """The first page of its journal is read with it: see `Ahead`."""
+
+
+UNREAD = (psycopg.DataError, psycopg.errors.ProgramLimitExceeded)
+"""Errors of what only SQL can have written to a run: its execution meets them, not its claim."""
+
+Ahead = Callable[[psycopg.Connection[Any], str, int], Callable[[], Sequence[Any]]]
+"""Sends what is read behind the claim of a run under a token, as `ReadAhead.send`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

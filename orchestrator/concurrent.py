@@ -207,6 +207,7 @@ class ConcurrentExecutor(Executor):
                 plan=plan.name,
                 first_step=self.first_step(plan),
                 dispatch=dispatch,
+                reads_ahead=self.ahead(plan, dispatch) is not None,
             )
             lease = self._thread.wait(self._claims.put(claim))
         return super().claim(plan, run_id, dispatch) if lease is None else lease
@@ -239,6 +240,7 @@ class ConcurrentExecutor(Executor):
                     behind,
                     worker=self.worker,
                     first_steps=self._first_steps,
+                    ahead=self._read_ahead.send,
                 )
             )
         except psycopg.Error:

@@ -53,7 +53,7 @@ from beatless.orchestrator.requests import (
 from beatless.orchestrator.settlement import NEVER_S, Settlement
 from beatless.orchestrator.state import RunState
 from beatless.orchestrator.unfit_events import UnfitRow, Unread, UnreadableEvent, folded
-from beatless.orchestrator.waits import Wait
+from beatless.orchestrator.waits import Wait, WaitKind
 
 logger = logging.getLogger("beatless.orchestrator.executor")
 
@@ -142,21 +142,9 @@ class Execution:
     def _fold(self) -> Generator[Request, Any, Progress]:
         """The progress of the run, folded from the journal."""
         events: list[Event] = []
-        yield from self._read_pages(events.extend)
+        yield from read_pages(events.extend)
         self._read_events, self._last_ts_ms = len(events), events[-1].ts
         return folded(partial(fold, self._plan), events)
-
-    def _read_pages(self, take: Callable[[Sequence[Event]], None]) -> Generator[Request, Any, None]:
-        """Read the journal, a page at a time. Raises UnreadableEvent and UnfitRow."""
-        page: CheckpointPage | None = None
-        while page is None or not page.last:
-            page = yield ReadJournal(behind=page)
-            if page.unfit:
-                raise UnfitRow(page.unfit)
-            for event in page.events:
-                if is_unreadable(event):
-                    raise UnreadableEvent(event)
-            take(page.events)
 
     def _begin_attempt(self, progress: Progress, before: Sequence[NewEvent] = ()) -> Part:
         """Start and count the next attempt of where the run is; None if there is none to start."""
@@ -207,12 +195,24 @@ class Execution:
         return None if reply.cancelled and not progress.compensating else progress
 
     def _begin_wait(self, progress: Progress, wait: Wait, before: Sequence[NewEvent]) -> Part:
-        """Begin the wait at which the run is, unless it has begun."""
-        if progress.key not in progress.inbox.waits:
-            begun = yield from self._settle(self._boundaries.wait_begun(progress, wait, before))
-            if begun.cancelled:
+        """Begin the wait at which the run is, unless it has begun.
+
+        In the commit with which it leaves the worker, if nothing is known that may end it.
+        """
+        if progress.key in progress.inbox.waits:
+            return progress
+        sleeps = wait.kind is WaitKind.SLEEP
+        if sleeps or not (progress.inbox.signals or progress.inbox.decisions):
+            parked = self._boundaries.wait_parked(progress, wait, before)
+            reply: Committed | Signalled = yield CommitIfQuiet(settlement=parked, sleeps=sleeps)
+            if isinstance(reply, Committed):
                 return None
-            progress.begin_wait(wait, begun.last_seq)
+            for event in reply.events:
+                progress.inbox.note(event)
+        begun = yield from self._settle(self._boundaries.wait_begun(progress, wait, before))
+        if begun.cancelled:
+            return None
+        progress.begin_wait(wait, begun.last_seq)
         return progress
 
     def _wait(self, progress: Progress, wait: Wait) -> Part:
@@ -229,14 +229,18 @@ class Execution:
             yield from self._settle(self._released(progress, progress.key, CHANGED_CALL, problem))
             return None
         if signal is None and not opened.ended(self._lease.now_ms):
+            parked = self._boundaries.parked(progress)
+            sleeps = opened.kind is WaitKind.SLEEP
+            if sleeps:
+                parked = parked.due_in(_seconds_left(wait, opened, self._lease.now_ms))
             reply: Committed | Signalled = yield CommitIfQuiet(
-                settlement=self._boundaries.parked(progress), waits=[opened.seq]
+                settlement=parked, waits=[opened.seq], sleeps=sleeps
             )
             if isinstance(reply, Committed):
                 return None
         else:
             conclusion = self._waited(progress, wait, opened, signal)
-            if signal is not None:
+            if signal is not None or opened.kind is WaitKind.SLEEP:  # which no signal ends
                 reply = yield from self._settle(conclusion.settlement)
             else:
                 reply = yield CommitIfQuiet(settlement=conclusion.settlement)
@@ -458,6 +462,26 @@ class Execution:
         if isinstance(reply, Unstorable):
             raise reply
         return reply
+
+
+def read_pages(take: Callable[[Sequence[Event]], None]) -> Generator[Request, Any, None]:
+    """Read the journal, a page at a time. Raises UnreadableEvent and UnfitRow."""
+    page: CheckpointPage | None = None
+    while page is None or not page.last:
+        page = yield ReadJournal(behind=page)
+        if page.unfit:
+            raise UnfitRow(page.unfit)
+        for event in page.events:
+            if is_unreadable(event):
+                raise UnreadableEvent(event)
+        take(page.events)
+
+
+def _seconds_left(wait: Wait, opened: OpenWait, now_ms: float) -> float:
+    """Seconds until the end of a sleep; all of them if it has begun in this claim."""
+    if opened.until_ms is None:
+        return wait.seconds or 0.0
+    return max(0.0, (opened.until_ms - now_ms) / 1000)
 
 
 def _limits_of(run: Run, progress: Progress, step: Step) -> Sequence[RunLimit]:

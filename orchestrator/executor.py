@@ -22,6 +22,7 @@ from beatless.orchestrator.body import call_body
 from beatless.orchestrator.boundaries import Conclusion
 from beatless.orchestrator.child_calls import has_reads, without_reads
 from beatless.orchestrator.children import ChildRuns
+from beatless.orchestrator.claims import Ahead
 from beatless.orchestrator.connections import Connections, OneConnection
 from beatless.orchestrator.context import StepContext
 from beatless.orchestrator.errors import DeadlineExceeded, LeaseLost, StepTimeout
@@ -37,6 +38,7 @@ from beatless.orchestrator.output_thread import OutputThread
 from beatless.orchestrator.pace import Pace
 from beatless.orchestrator.plan import Plan, Step
 from beatless.orchestrator.plan_versions import PlanVersions
+from beatless.orchestrator.read_ahead import ReadAhead, has_waits
 from beatless.orchestrator.records import Appended, NewRun
 from beatless.orchestrator.requests import (
     AwaitBody,
@@ -126,6 +128,7 @@ class Executor:
         """
         self.journal = journal
         self.children = ChildRuns(journal)
+        self._read_ahead = ReadAhead(journal, leases.inbox)
         self.versions = PlanVersions(journal.schema)
         self.leases = leases
         self.transactions = transactions
@@ -220,9 +223,14 @@ class Executor:
                     worker=self.worker,
                     first_step=self.first_step(plan),
                     dispatch=dispatch,
+                    ahead=self.ahead(plan, dispatch),
                 )
             )
         )
+
+    def ahead(self, plan: Plan, dispatch: int) -> Ahead | None:
+        """What is read with a claim: of a run that may have waited, for it was sent before."""
+        return self._read_ahead.send if dispatch > 1 and has_waits(plan) else None
 
     def go_on(self, ended: Lease) -> None:
         """Execute the run that was claimed with the end of this one, if one was, and so on."""
@@ -403,7 +411,9 @@ class RunDriver:
 
     def _commit_if_quiet(self, commit: CommitIfQuiet) -> Committed | Signalled:
         self._executor.faults.reach("wait.before")
-        found = self._writer.settle_if_quiet(commit.settlement, commit.waits, commit.tends)
+        found = self._writer.settle_if_quiet(
+            commit.settlement, commit.waits, commit.tends, sleeps=commit.sleeps
+        )
         parked = isinstance(found, Appended)
         self._executor.faults.reach("wait.committed" if parked else "wait.signalled")
         if isinstance(found, Appended):

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 
 import psycopg
 
-from beatless.orchestrator.lease import HeldLease, Leases
+from beatless.orchestrator.lease import Leases
+from beatless.orchestrator.lease_status import HeldLease
 from beatless.orchestrator.observer import LeasesEnded
 from beatless.outbox.backoff import BACKOFF_CAP_S, Backoff
 from beatless.outbox.clock import monotonic

@@ -20,7 +20,7 @@ from beatless.orchestrator.child_calls import ChildCall, Children, ReadEnds, wit
 from beatless.orchestrator.child_starts import ChildStarts
 from beatless.orchestrator.errors import BadPayload
 from beatless.orchestrator.events import Event, EventType, NewEvent, as_stored
-from beatless.orchestrator.execution import Execution
+from beatless.orchestrator.execution import Execution, read_pages
 from beatless.orchestrator.failure import raise_if_leaving
 from beatless.orchestrator.function_boundaries import MAX_TAKEOVERS, FunctionBoundaries
 from beatless.orchestrator.function_call import Broken, Ended, FunctionCall, Said, call_function
@@ -161,7 +161,7 @@ class FunctionExecution(Execution):
                 raise UnreadableEvent(odd, problem_of(error)) from error
 
         if self._last_seq > 1 or self._lease.run.retry_of is not None:
-            yield from self._read_pages(take)
+            yield from read_pages(take)
             self._last_ts_ms = history.last_ts_ms
             self._beside = self._last_seq - history.restarted_seq - history.events
         if cancelled:
@@ -179,7 +179,7 @@ class FunctionExecution(Execution):
 
     def _fold_cancelled(self) -> Generator[Request, Any, Progress]:
         events: list[Event] = []
-        yield from self._read_pages(events.extend)
+        yield from read_pages(events.extend)
         self._last_seq, self._last_ts_ms = events[-1].seq, events[-1].ts
         run = replace(self._lease.run, input=self._stored_input)
         history = folded(partial(history_of, self._function), events)

@@ -457,6 +457,7 @@ class GroupExecutor:
                 first_steps=first_steps,
                 dispatch=dispatch,
                 places=places,
+                ahead=executor.ahead(plan, dispatch) if dispatch > 1 else None,
             )
         )
         if any(lease.waited is not None and lease.waited > BACKLOG_S for lease in leases):

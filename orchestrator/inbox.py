@@ -121,6 +121,13 @@ class Inbox:
         rows = execute_lazily(connection, self._sql["open_approvals"], {"run_ids": list(run_ids)})
         return ((run, OpenWait.from_started(step, data, seq=seq)) for run, step, data, seq in rows)
 
+    def send_take_in(self, connection: psycopg.Connection[Any], run_id: str, token: int) -> None:
+        """Move the signals of a run into its journal, in the pipeline of the claim of this lease.
+
+        It sees those that were committed until then: the claim has waited for the run's row.
+        """
+        connection.execute(self._sql["take_in"], _of_lease(run_id, token))
+
     def take_in(
         self,
         connection: psycopg.Connection[Any],
@@ -135,13 +142,7 @@ class Inbox:
         In a transaction, which has the run's row locked from then on. `seen` is the seq up to which
         the caller knows the run's signals, `waits` are the seqs of its open waits.
         """
-        parameters = {
-            "run_id": run_id,
-            "token": token,
-            "shard": shard_of(run_id),
-            "seen": seen,
-            "waits": list(waits),
-        }
+        parameters = _of_lease(run_id, token) | {"seen": seen, "waits": list(waits)}
         with connection.pipeline():
             locked = connection.execute(self._sql["lock"], parameters)
             connection.execute(self._sql["take_in"], parameters)
@@ -154,3 +155,7 @@ class Inbox:
             last_seq=last_seq,
             delay_s=max(0.0, delay_s),
         )
+
+
+def _of_lease(run_id: str, token: int) -> dict[str, Any]:
+    return {"run_id": run_id, "token": token, "shard": shard_of(run_id)}

@@ -285,13 +285,17 @@ class Journal:
         after: int = 0,
         *,
         send: Send = execute,
+        if_unsignalled: bool = False,
     ) -> Appended | None:
-        """Commit a boundary under a lease; None as of `append`. `send` gives the rows."""
+        """Commit a boundary under a lease; None as of `append`. `send` gives the rows.
+
+        With `if_unsignalled` also None if signals of the run wait to be taken in.
+        """
         normal, cancelled = settlement.normal, settlement.if_cancelled
         events = (*normal.events, *cancelled.events)
         rows = send(
             connection,
-            self.sql["settle"],
+            self.sql["settle_if_unsignalled"] if if_unsignalled else self.sql["settle"],
             {
                 "run_id": run_id,
                 "token": token,
@@ -474,15 +478,12 @@ class Journal:
             "rest": rest,
             "after": 0 if behind is None else behind.events[-1].seq,
             "restarted": None if behind is None else behind.restarted_seq,
+            "token": None,
         }
         rows = execute(connection, self.sql["checkpoint_page"], parameters)
         if not rows:
             raise RunNotFound(run_id)
-        events = [Event.from_json(line) for line, _, _ in rows]
-        _, last_seq, restarted = rows[-1]
-        return CheckpointPage(
-            events=events, restarted_seq=restarted, last=events[-1].seq == last_seq
-        )
+        return CheckpointPage.of_rows(rows)
 
     def checkpoint_events(
         self, connection: Caller, run_id: str, *, names: Sequence[str], rest: str

@@ -111,11 +111,10 @@ b.i, b.shard, b.reason, r.run_id, r.last_seq, r.state, r.not_before, r.created_a
 NOT (r.cancel_requested_at IS NULL) AS cancelled,
 CASE WHEN r.cancel_requested_at IS NULL THEN b.n ELSE b.n_cancelled END AS n
 
--- name: settle
--- Append the events of a step boundary under a lease, and set where the run stands after it.
+-- fragment: settled_run
+-- The row of a run under a lease, updated to where it stands after a boundary.
 -- The planner makes constants of the row `b`: this is an update of one row by its key.
-WITH u AS (
-  UPDATE {schema}.runs r
+UPDATE {schema}.runs r
      SET {settled}
     FROM (SELECT 1, %(shard)s::smallint, %(n)s::int, %(n_cancelled)s::int, %(state)s::text,
                  %(state_cancelled)s::text, %(result)s::text, %(error)s::text,
@@ -125,9 +124,22 @@ WITH u AS (
               delay, delay_cancelled, reason)
    WHERE r.run_id = %(run_id)s AND r.lease_token = %(token)s AND r.state = 'running'
      AND r.last_seq >= %(after)s
+
+-- name: settle
+-- Append the events of a step boundary under a lease, and set where the run stands after it.
+WITH u AS (
+  {settled_run}
   RETURNING {settled_columns}
 ), {written_beside}
 SELECT last_seq, cancelled, u.state = 'running' AND {signalled}, {each_settled_doorbell} FROM u
+
+-- name: settle_if_unsignalled
+-- The same, unless signals of the run wait to be taken into its journal.
+WITH u AS (
+  {settled_run} AND NOT EXISTS (SELECT FROM {schema}.signals s WHERE s.run_id = r.run_id)
+  RETURNING {settled_columns}
+), {written_beside}
+SELECT last_seq, cancelled, false, {each_settled_doorbell} FROM u
 
 -- name: get
 -- Read one run.
@@ -391,6 +403,7 @@ SELECT seq, type, line FROM (
 -- looked for with the first page, from the end, and given with the others.
 -- A snooze is a start and a trace. Of many in a row the last says all that the others say.
 -- Of a function that has begun again, those since then, and the signals that may not be taken yet.
+-- With a token none, unless a lease has it: of the first page the RunStarted is read all the same.
 WITH begun AS MATERIALIZED (
   SELECT e.seq, (e.data ->> 'signals_from')::int AS signals_from FROM {schema}.run_events e
    WHERE %(restarted)s::int IS NULL AND e.run_id = %(run_id)s AND e.type = 'RunRestarted'
@@ -398,7 +411,8 @@ WITH begun AS MATERIALIZED (
 ), head AS MATERIALIZED (
   SELECT r.last_seq, coalesce(%(restarted)s, (SELECT seq FROM begun), 0) AS restarted,
          greatest(%(after)s, 1, (SELECT least(signals_from, seq) - 1 FROM begun)) AS after
-    FROM {schema}.runs r WHERE r.run_id = %(run_id)s
+    FROM {schema}.runs r
+   WHERE r.run_id = %(run_id)s AND (%(token)s::bigint IS NULL OR r.lease_token = %(token)s)
 )
 SELECT {event_json}, (SELECT last_seq FROM head), (SELECT restarted FROM head) FROM (
   SELECT e.*, sum(e.size) OVER (ORDER BY e.seq ROWS UNBOUNDED PRECEDING) - e.size AS before FROM (

@@ -8,7 +8,8 @@ from pathlib import Path
 import psycopg
 
 from beatless.orchestrator.board import Board, Noted
-from beatless.orchestrator.lease import Connection, Kept, Leases
+from beatless.orchestrator.lease import Connection, Leases
+from beatless.orchestrator.lease_status import Kept
 from beatless.outbox.clock import monotonic
 from beatless.outbox.forks import without_forks
 from beatless.outbox.threads import LastingThread

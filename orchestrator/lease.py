@@ -11,13 +11,14 @@ import logging
 import secrets
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import psycopg
 
-from beatless.orchestrator.claims import Behind, Claim, of_messages, of_others
+from beatless.orchestrator.claims import UNREAD, Ahead, Behind, Claim, of_messages, of_others
 from beatless.orchestrator.inbox import Inbox
+from beatless.orchestrator.lease_status import HeldLease, Kept, LeaseStatus
 from beatless.orchestrator.limit import RunLimit
 from beatless.orchestrator.options import OPTION_SQL
 from beatless.orchestrator.progress import GIVEN_BACK, SUSPECT, UNCOUNTED
@@ -95,6 +96,8 @@ class Lease:
     """The token of the claim that was sent with the end of this run, if one was."""
     trace_context: Mapping[str, str] | None = None
     """Of the trace that the run was started in: `traceparent`, as W3C Trace Context has it."""
+    ahead: Sequence[Any] = ()
+    """The first page of the journal as the claim has read it: rows of `checkpoint_page`."""
     claimed_at: float = field(default_factory=monotonic)
 
     @property
@@ -117,39 +120,6 @@ class Lease:
     def late(self) -> bool:
         """Whether the run has reached its deadline."""
         return self.deadline is not None and monotonic() >= self.deadline
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LeaseStatus:
-    """The fate of a lease. Only its owner writes as a worker."""
-
-    held: bool
-    committed_since: bool
-    """The owner has committed something after the seq that it was sure of."""
-    last_seq: int
-    state: RunState
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Kept:
-    """The news of a run whose lease was extended."""
-
-    cancelled: bool
-    signalled: bool
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class HeldLease:
-    """A lease as it stands in the run's row."""
-
-    run_id: str
-    token: int
-    worker: str
-    """What ends the names of all processes of its worker."""
-    alone: bool = False
-    """Of a suspect: its body runs, with no other beside it."""
-    uncalled: bool = False
-    """Of a suspect: its body was not called yet."""
 
 
 class Leases:
@@ -177,6 +147,7 @@ class Leases:
         worker: str,
         first_step: str | None,
         dispatch: int,
+        ahead: Ahead | None = None,
     ) -> Lease | None:
         """Take the run if it waits and is due, or if its lease has run out; else None.
 
@@ -186,6 +157,7 @@ class Leases:
         Also None if another transaction holds the run's row for longer than `LOCK_TIMEOUT_S`: the
         run is dispatched again. For a run that was never claimed this also commits StepStarted of
         `first_step`, if it is given: not for a plan that begins with a wait, or is a function.
+        With `ahead` the first page of its journal is read too: see `Lease.ahead`.
         """
         claimed = self._claim(
             connection,
@@ -200,6 +172,7 @@ class Leases:
                 "token": new_token(),
             },
             [self.sql["claim"]],
+            ahead,
         )
         return claimed[0] if claimed else None
 
@@ -213,6 +186,7 @@ class Leases:
         first_steps: Mapping[str, str],
         dispatch: int,
         places: int,
+        ahead: Ahead | None = None,
     ) -> list[Lease]:
         """Claim a run, and with it up to `places` others that wait in its queue; one commit.
 
@@ -238,6 +212,7 @@ class Leases:
                 "firsts": list(first_steps.values()),
             },
             [self.sql["claim"], *([self.sql["claim_further"]] if places else [])],
+            ahead,
         )
 
     def claim_together(
@@ -248,6 +223,7 @@ class Leases:
         *,
         worker: str,
         first_steps: Mapping[str, str],
+        ahead: Ahead | None = None,
     ) -> list[Lease]:
         """Claim several runs, whose messages have come together, in one commit; and others.
 
@@ -256,25 +232,34 @@ class Leases:
         or that is not due. The others are as those of `claim_with_others`.
         """
         together, further = self.sql["claim_together"], self.sql["claim_further"]
+        drawn = [new_token() for _ in claims]
         asked = [
-            *([(together, len(claims), of_messages(claims))] if claims else []),
-            *((further, each.places, of_others(each, first_steps)) for each in behind),
+            *([(together, drawn, of_messages(claims))] if claims else []),
+            *(
+                (further, [new_token() for _ in range(each.places)], of_others(each, first_steps))
+                for each in behind
+            ),
         ]
         of_all = {"worker": worker, "seconds": self.seconds}
         try:
             with connection.pipeline():  # as in `_claim`
                 connection.execute(self.sql["fence"])
                 claimed = [
-                    connection.execute(
-                        statement,
-                        {**parameters, **of_all, "tokens": array(new_token() for _ in range(most))},
-                    )
-                    for statement, most, parameters in asked
+                    connection.execute(statement, {**parameters, **of_all, "tokens": array(tokens)})
+                    for statement, tokens, parameters in asked
                 ]
+                read = {
+                    token: ahead(connection, each.run_id, token)
+                    for each, token in zip(claims, drawn, strict=True)
+                    if ahead is not None and each.reads_ahead
+                }
         except psycopg.errors.LockNotAvailable:
             prepare_anew(connection)
             return []
-        return [_lease(row) for rows in claimed for row in rows.fetchall()]
+        leases = [_lease(row) for rows in claimed for row in rows.fetchall()]
+        if read:
+            _note_read(leases, read)
+        return leases
 
     def claim_next(
         self,
@@ -325,7 +310,11 @@ class Leases:
         return None
 
     def _claim(
-        self, connection: Connection, parameters: dict[str, Any], claims: Sequence[str]
+        self,
+        connection: Connection,
+        parameters: dict[str, Any],
+        claims: Sequence[str],
+        ahead: Ahead | None,
     ) -> list[Lease]:
         # The fence first, the claim's snapshot after it: a `pause` that was committed before it is
         # seen, one that was not waits for us. It is one round trip all the same, and one
@@ -334,6 +323,13 @@ class Leases:
             with connection.pipeline():
                 connection.execute(self.sql["fence"])
                 claimed = [connection.execute(claim, parameters) for claim in claims]
+                token = parameters["token"]
+                read = {token: ahead(connection, parameters["run_id"], token)} if ahead else {}
+        except UNREAD:
+            if ahead is None:
+                raise
+            prepare_anew(connection)
+            return self._claim(connection, parameters, claims, None)
         except psycopg.errors.LockNotAvailable:
             prepare_anew(connection)
             logger.info(
@@ -341,7 +337,10 @@ class Leases:
                 extra={"action": "claim_waited", "run_id": parameters["run_id"]},
             )
             return []
-        return [_lease(row) for rows in claimed for row in rows.fetchall()]
+        leases = [_lease(row) for rows in claimed for row in rows.fetchall()]
+        if read:
+            _note_read(leases, read)
+        return leases
 
     def take_slots_of_step(
         self, connection: Connection, lease: Lease, limits: Sequence[RunLimit]
@@ -510,6 +509,14 @@ class Leases:
 def new_token() -> int:
     """A fencing token: a number that was never drawn before."""
     return secrets.randbits(63)
+
+
+def _note_read(leases: Sequence[Lease], read: Mapping[int, Callable[[], Sequence[Any]]]) -> None:
+    """Note with these leases what was read of them, by token."""
+    for lease in leases:
+        rows = read[lease.token]() if lease.token in read else ()
+        if rows and rows[-1][1] is not None:  # it has a run under this lease
+            lease.ahead, lease.run = rows, replace(lease.run, last_seq=rows[-1][1])
 
 
 def _lease(claimed: Sequence[Any]) -> Lease:

@@ -1,8 +1,7 @@
 """Writes the events of one run under its lease: of its boundaries, and of its step's threads."""
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -20,8 +19,8 @@ from beatless.orchestrator.lease import (
     Connection,
     Lease,
     Leases,
-    LeaseStatus,
 )
+from beatless.orchestrator.lease_status import LeaseStatus
 from beatless.orchestrator.open_waits import DATA_BYTES
 from beatless.orchestrator.progress import FOLDED, SNOOZED, SUSPECT
 from beatless.orchestrator.records import Appended, CheckpointPage, NewRun
@@ -31,7 +30,6 @@ from beatless.orchestrator.step_output import Portion, StepOutput
 from beatless.orchestrator.sure_writer import Find, SureWriter
 from beatless.orchestrator.unfit_run import unfit_page
 from beatless.orchestrator.watchdog import Attempt
-from beatless.outbox.clock import monotonic
 from beatless.outbox.queries import Caller
 
 WATCHDOG_LOCK_TIMEOUT_S = 0.02
@@ -81,24 +79,28 @@ class LeasedWriter(SureWriter):
         self._children = children
         self._on_commit = on_commit
         self._announce = announce
+        self._ahead, lease.ahead = lease.ahead, ()
+        self._claimed_seq = lease.run.last_seq
         self._told_seq = 0
         """The seq up to which the signals of the run were told to its execution."""
         self._in_doubt: Settlement | None = None
         """The boundary in a step's own transaction, until its commit is sure."""
-        self.asked_s = 0.0
-        """Seconds that the threads of steps have spent here."""
 
     def read(self, behind: CheckpointPage | None) -> CheckpointPage:
         """A page of the events that give the place of the run. Raises LeaseLost if it was removed.
 
         Behind this one; None: the first.
         """
+        ahead, self._ahead = self._ahead, ()
         try:
-            page = self.patiently(
-                lambda connection: self._journal.checkpoint_page(
-                    connection, self._run_id, names=FOLDED, rest=SNOOZED, behind=behind
+            if ahead and behind is None and self._last_seq == self._claimed_seq:
+                page = CheckpointPage.of_rows(ahead)  # nothing was written since
+            else:
+                page = self.patiently(
+                    lambda connection: self._journal.checkpoint_page(
+                        connection, self._run_id, names=FOLDED, rest=SNOOZED, behind=behind
+                    )
                 )
-            )
         except RunNotFound:  # taken away by force, or its row contradicts its journal
             page = self.patiently(partial(unfit_page, self._journal.schema, self._lease))
         self._last_seq = self._told_seq = page.events[-1].seq
@@ -141,7 +143,7 @@ class LeasedWriter(SureWriter):
         return appended
 
     def settle_if_quiet(
-        self, settlement: Settlement, waits: Sequence[int], tends: Sequence[Tends] = ()
+        self, settlement: Settlement, waits: Sequence[int], tends: Sequence[Tends], *, sleeps: bool
     ) -> Appended | Needed:
         """Commit a boundary unless the run has received signals that were not told; or those.
 
@@ -149,13 +151,16 @@ class LeasedWriter(SureWriter):
         signal that is committed later finds the boundary, and so does the end of a child. With
         `waits`, the seqs of open waits, the run is due when the first of them ends. With `tends`
         children of calls are started as there are places, and the run is parked until some need
-        it. Raises LeaseLost.
+        it. A run that `sleeps` is parked by one statement if that sees no signal: one which comes
+        while it waits for the row is for later, and is taken in by then. Raises LeaseLost.
         """
         needed: Needed | None = None
         told_seq, chosen = self._told_seq, settlement
 
         def write(connection: Connection) -> Appended | None:
             nonlocal needed, told_seq, chosen
+            if sleeps and (parked := self._park(connection, settlement)) is not None:
+                return parked
             with self._transaction(connection):
                 look = self._leases.inbox.take_in(
                     connection, self._run_id, self._lease.token, seen=self._told_seq, waits=waits
@@ -183,6 +188,16 @@ class LeasedWriter(SureWriter):
             return needed
         self._on_commit(chosen, appended)
         return appended
+
+    def _park(self, connection: Connection, settlement: Settlement) -> Appended | None:
+        """Have the run sleep; None if it has signals, or slots of a step to give back."""
+        if self._lease.limited_step:
+            return None
+        run_id, token, after = self._run_id, self._lease.token, self._last_seq
+        with self._statement(connection):
+            return self._journal.settle(
+                connection, run_id, token, settlement, after, if_unsignalled=True
+            )
 
     def settle_with_children(self, settlement: Settlement, runs: Sequence[NewRun]) -> Appended:
         """Commit a boundary and children of the run; no children if it is cancelled.
@@ -422,24 +437,6 @@ class LeasedWriter(SureWriter):
 
         appended = self._write(write, RunState.RUNNING, what=what, tried=tried, find=find)
         self._lease.cancelled |= appended.cancelled
-
-    def cancel_noticed(self, attempt: Attempt, step: str) -> bool:
-        """`cancel_requested` for the threads of a step. Raises StepEnded after it."""
-        with self._asking(attempt, step):
-            return self.cancel_requested()
-
-    @contextmanager
-    def _asking(
-        self, attempt: Attempt, step: str | None, what: NewEvent | None = None
-    ) -> Iterator[None]:
-        began = monotonic()
-        try:
-            with self._locked() if what is None else self._alone(what):
-                if id(attempt) not in self._outputs:
-                    raise StepEnded(self._run_id, step or "")
-                yield
-        finally:
-            self.asked_s += monotonic() - began
 
     def _settle(self, connection: Caller, settlement: Settlement) -> Appended | None:
         return self._journal.settle(

@@ -461,6 +461,13 @@ class CheckpointPage:
     unfit: str = ""
     """How the run's row contradicts its journal, if it does: then only its last event is here."""
 
+    @classmethod
+    def of_rows(cls, rows: Sequence[Any]) -> Self:
+        """From those of the statement `checkpoint_page`, one at least."""
+        events = [Event.from_json(line) for line, _, _ in rows]
+        _, last_seq, restarted = rows[-1]
+        return cls(events=events, restarted_seq=restarted, last=events[-1].seq == last_seq)
+
 
 MOST_COUNTED = 1000
 """Runs before another one that are counted, where thousands may wait."""

@@ -55,6 +55,8 @@ class CommitIfQuiet:
     settlement: Settlement
     waits: Sequence[int] = ()
     """The seqs of the open waits, when the run leaves the worker: it is due at the end of one."""
+    sleeps: bool = False
+    """The run leaves the worker until a time that the boundary says, whatever signals come."""
     tends: Sequence[Tends] = ()
 
 

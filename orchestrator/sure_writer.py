@@ -13,17 +13,19 @@ from typing import TypeVar
 
 import psycopg
 
-from beatless.orchestrator.errors import LeaseLost
+from beatless.orchestrator.errors import LeaseLost, StepEnded
 from beatless.orchestrator.events import NewEvent
 from beatless.orchestrator.heartbeat import Heartbeat
 from beatless.orchestrator.held_rows import GIVES_WAY, HELD_ROW_WAIT_S, RowHeld
-from beatless.orchestrator.lease import Connection, Lease, Leases, LeaseStatus
+from beatless.orchestrator.lease import Connection, Lease, Leases
+from beatless.orchestrator.lease_status import LeaseStatus
 from beatless.orchestrator.records import Appended
 from beatless.orchestrator.settlement import Settlement
 from beatless.orchestrator.state import RunState
 from beatless.orchestrator.step_output import Portion, StepOutput
 from beatless.orchestrator.watchdog import Attempt
 from beatless.outbox.backoff import Backoff
+from beatless.outbox.clock import monotonic
 
 logger = logging.getLogger("beatless.orchestrator.executor")
 
@@ -80,6 +82,8 @@ class SureWriter:
         self._doubtful: object = None
         """What was to be written when an answer was lost and somebody had the row, until it is
         known whether it was."""
+        self.asked_s = 0.0
+        """Seconds that the threads of steps have spent here."""
 
     def _write(
         self,
@@ -169,6 +173,24 @@ class SureWriter:
         """Whether a cancel was accepted, by the row and not by the last heartbeat."""
         self.patiently(self._inspect)
         return self._lease.cancelled
+
+    def cancel_noticed(self, attempt: Attempt, step: str) -> bool:
+        """`cancel_requested` for the threads of a step. Raises StepEnded after it."""
+        with self._asking(attempt, step):
+            return self.cancel_requested()
+
+    @contextmanager
+    def _asking(
+        self, attempt: Attempt, step: str | None, what: NewEvent | None = None
+    ) -> Iterator[None]:
+        began = monotonic()
+        try:
+            with self._locked() if what is None else self._alone(what):
+                if id(attempt) not in self._outputs:
+                    raise StepEnded(self._run_id, step or "")
+                yield
+        finally:
+            self.asked_s += monotonic() - began
 
     def reconnect(self) -> None:
         """An exception struck anywhere in the body: in the middle of a trace's commit, perhaps."""

@@ -18,7 +18,7 @@ from typing import Any
 from beatless.orchestrator.boundaries import Conclusion
 from beatless.orchestrator.child_calls import ReadEnds, Tends, with_results
 from beatless.orchestrator.events import Event, NewEvent
-from beatless.orchestrator.execution import Execution
+from beatless.orchestrator.execution import Execution, read_pages
 from beatless.orchestrator.lease import Lease
 from beatless.orchestrator.plan import Plan, Step
 from beatless.orchestrator.progress import Progress, fold
@@ -69,7 +69,7 @@ class UndoExecution(Execution):
 
     def _fold(self) -> Generator[Request, Any, Progress]:
         events: list[Event] = []
-        yield from self._read_pages(events.extend)
+        yield from read_pages(events.extend)
         self._last_ts_ms = events[-1].ts
         whole = folded(partial(fold, self._plan), events)
         self._has_children = whole.children_started > 0

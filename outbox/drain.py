@@ -115,7 +115,8 @@ class Drain:
                 # while Postgres makes the events.
                 tasks.note_forgotten(())
                 if not only_events:
-                    batch = self._hand_over(tasks.pick(shards, run_id, now), None, (), shards, now)
+                    dispatches = tasks.pick(shards, run_id, now)
+                    batch = self._hand_over(dispatches, None, (), shards, run_id, now)
                 rows = events.pick(shards, run_id)
             else:
                 with self._connection.pipeline():
@@ -136,7 +137,7 @@ class Drain:
             tasks.note_forgotten(marked)
         picked = events.fetch(rows, run_id)
         if not apart:
-            batch = self._hand_over(dispatches, still_held, picked, shards, now)
+            batch = self._hand_over(dispatches, still_held, picked, shards, run_id, now)
         elif picked and not batch.messages:
             self._faults.reach("relay.after_claim")
         published = events.publish(picked)
@@ -159,10 +160,18 @@ class Drain:
         still_held: psycopg.Cursor[Any] | None,
         picked: Sequence[PickedEvents],
         shards: Sequence[int],
+        run_id: str | None,
         now: datetime | None,
     ) -> Batch:
-        """Let the dispatches of a pick be published; those of them that are."""
+        """Let the dispatches of a pick be published; those of them that are.
+
+        If it has only woken runs, these are picked at once: nothing else has to go before them.
+        """
         batch = self.tasks.fetch(dispatches, still_held, shards, now)
+        if self.tasks.has_woken and not batch:
+            woken = self.tasks.pick(shards, run_id, now)
+            if woken is not None:
+                batch = self.tasks.fetch(woken, None, shards, now)
         if picked or batch.messages:
             self._faults.reach("relay.after_claim")
         self.tasks.publish(batch)

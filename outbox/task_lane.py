@@ -68,6 +68,8 @@ class TaskLane:
         self.crowded = False
         """Rows that another transaction holds, or that are to wait, took the places of others in
         the last pick: pick once more."""
+        self.has_woken = False
+        """Runs that waited are due by the last pick: they are in the next one."""
         self.full = False
         """The last pick has as many rows as it may have: there may be others."""
         self.all_marked = True
@@ -266,6 +268,7 @@ class TaskLane:
     ) -> Batch:
         """Take the answers to `pick` and `find_held`: the batch to publish next."""
         found = picked_tasks(rows.fetchall()) if rows else []
+        self.has_woken = False
         self.full = len(found) >= self._queries.window
         picked = [each for each in found if each.act != "wake"]
         if still_held:
@@ -364,7 +367,8 @@ class TaskLane:
         if self._wake is None:
             return False
         woken = self._wake(self._connection, shards)
-        self.crowded |= woken.done > 0
+        self.has_woken = woken.done > 0
+        self.crowded |= self.has_woken
         return woken.left > 0
 
     def _postpone(

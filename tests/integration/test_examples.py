@@ -68,7 +68,7 @@ def test_a_large_order_is_shipped_after_its_payment_and_a_decision(
     beatless.work_until_idle()
     for _ in range(2):  # a payment service calls until it has its answer
         example.webhook(run.run_id, "p-1", paid=True)
-    with beatless.crash(at="wait.signalled"):
+    with beatless.crash(at="claim.committed"):  # which has taken in the signal
         beatless.work_until_idle()
     beatless.advance(beatless.app.settings.lease_seconds)
     beatless.work_until_idle()

@@ -19,7 +19,7 @@ from sqlalchemy import make_url
 
 from beatless import App, Plan, RunState, StepContext, retry, step
 from beatless.cli.demo import without_handbacks
-from beatless.orchestrator import body, leased_writer
+from beatless.orchestrator import body, sure_writer
 from beatless.orchestrator import group as groups
 from beatless.orchestrator.board import CHILDREN, SLOTS, slots_of
 from beatless.orchestrator.observer import Claimed, Settled
@@ -703,7 +703,7 @@ def test_traces_of_bodies_end_no_round_and_make_no_step_a_long_one(
 ) -> None:
     """Each commit of one takes half a round, by a clock that only they move."""
     now = 0.0
-    for module in (groups, body, leased_writer):
+    for module in (groups, body, sure_writer):
         monkeypatch.setattr(module, "monotonic", lambda: now)
     monkeypatch.setattr(groups, "ROUND_S", 0.02)
     append = together.executor.journal.append

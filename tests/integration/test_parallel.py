@@ -228,13 +228,13 @@ def test_a_cancel_is_seen_though_the_answer_to_a_transaction_was_lost(
             losing[0] = False
             raise psycopg.OperationalError("the answer is lost")
 
-    def cancelled(writer: LeasedWriter, settlement: Settlement, *rest: Any) -> Any:
+    def cancelled(writer: LeasedWriter, settlement: Settlement, *rest: Any, **named: Any) -> Any:
         stays = settlement.normal.state is settlement.if_cancelled.state
         if answers or not (stays and settlement.normal.events):
-            return settle(writer, settlement, *rest)
+            return settle(writer, settlement, *rest, **named)
         beatless.client.cancel_run(run.run_id)
         losing[0] = True
-        answers.append(settle(writer, settlement, *rest))
+        answers.append(settle(writer, settlement, *rest, **named))
         return answers[0]
 
     monkeypatch.setattr(psycopg.Connection, "transaction", committed_and_lost)

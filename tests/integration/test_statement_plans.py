@@ -176,6 +176,7 @@ OTHER_TYPES = {
     ("orchestrator/group_commit", "settle_many", "places"): "int[]",
     ("orchestrator/group_commit", "append_many", "places"): "int[]",
     ("orchestrator/journal", "settle", "places"): "int[]",
+    ("orchestrator/journal", "settle_if_unsignalled", "places"): "int[]",
     ("outbox/letters", "after"): "bigint",
     ("outbox/queries", "forget_events", "ids"): "text",
     ("outbox/queries", "forget_events", "shards"): "text",

@@ -139,6 +139,7 @@ def test_a_claim_of_a_function_that_began_again_looks_at_no_events_of_before(
             "rest": SNOOZED,
             "after": 0,
             "restarted": None,
+            "token": None,
         }
         statement = beatless_app.journal.sql["checkpoint_page"]
         ((found,),) = postgres.execute(

@@ -175,7 +175,7 @@ def test_a_bad_signal_is_refused_with_the_member(
         beatless.signal(run.run_id, name, data, key=key)
 
 
-def test_a_signal_to_a_run_that_runs_gets_its_place_at_the_next_boundary(beatless: Kit) -> None:
+def test_a_signal_to_a_run_whose_worker_dies_gets_its_place_with_a_claim(beatless: Kit) -> None:
     run = beatless.start_run("sleeper")
     with beatless.crash("step.effect_done"):
         beatless.work_once()
@@ -184,8 +184,8 @@ def test_a_signal_to_a_run_that_runs_gets_its_place_at_the_next_boundary(beatles
     beatless.work_until_idle()
     assert beatless.event_types(run.run_id)[1:] == [
         "StepStarted",
-        "StepStarted",
         "SignalReceived",
+        "StepStarted",
         "StepFinished",
         "WaitStarted",
     ]
