@@ -68,6 +68,7 @@ from beatless.orchestrator.requests import (
 from beatless.orchestrator.run_report import RunReport, ShownError
 from beatless.orchestrator.scope import Scope, no_scope
 from beatless.orchestrator.settlement import Settlement
+from beatless.orchestrator.state import RunState
 from beatless.orchestrator.step_output import StepOutput
 from beatless.orchestrator.step_transaction import (
     NoConnection,
@@ -81,6 +82,7 @@ from beatless.orchestrator.watchdog import Attempt, no_limit
 from beatless.outbox.clock import monotonic
 from beatless.outbox.faults import CrashPoints, SimulatedCrash
 from beatless.outbox.observer import Observer, ignore
+from beatless.outbox.pending import prepare_anew
 
 logger = logging.getLogger(__name__)
 
@@ -92,6 +94,9 @@ BACKLOG_S = 0.1
 GOES_ON_S = 2.0
 """Seconds after a message in which runs are claimed with the ends of others: then tasks of others,
 which may be in the same broker, have their turn."""
+
+BEHIND_S = 1.0
+"""The same of runs without limits, which wait for nothing but their message."""
 
 
 class Executor:
@@ -149,6 +154,9 @@ class Executor:
         self.goes_on_until = 0.0
         """Until when the end of a run that has waited for a slot claims the next one of its queue,
         by the monotonic clock."""
+        self.waiting_plans = frozenset(name for name, plan in plans.items() if has_waits(plan))
+        self.behind_until = 0.0
+        """The same of a run of a plan that waits, in a backlog."""
         self.body_s = 0.0
         """Seconds of bodies, without their traces and looks for a cancel, which no group spares."""
         self.loop = loop or LoopThread(observer=observer)
@@ -233,12 +241,31 @@ class Executor:
         return self._read_ahead.send if dispatch > 1 and has_waits(plan) else None
 
     def go_on(self, ended: Lease) -> None:
-        """Execute the run that was claimed with the end of this one, if one was, and so on."""
-        lease = ended.following
-        while lease is not None:
+        """Execute the run that was claimed with the end of this one, if one was, and so on.
+
+        Behind one that was parked the next one is claimed now, if others may wait.
+        """
+        while ended.following is not None or ended.next_wanted:
+            lease = ended.following or self.claim_behind(ended)
+            if lease is None:
+                return
             self.faults.reach("claim.committed")
             self.drive(lease, self.turns(self.plans[lease.run.plan], lease))
-            lease = lease.following
+            ended = lease
+
+    def claim_behind(self, parked: Lease) -> Lease | None:
+        """The lease of the run that comes next in the queue of one that was parked."""
+
+        def claim(connection: Connection) -> Lease | None:
+            try:
+                with connection.pipeline():
+                    claimed = self.claim_next(connection, parked)
+            except psycopg.errors.LockNotAvailable:
+                prepare_anew(connection)
+                return None
+            return claimed()
+
+        return self.claimed(claim)
 
     def claim_next(self, connection: Connection, ended: Lease) -> Callable[[], Lease | None]:
         """See `Leases.claim_next`."""
@@ -246,7 +273,11 @@ class Executor:
             connection,
             ended,
             worker=self.worker,
-            first_steps={name: self.first_step(plan) for name, plan in self.plans.items()},
+            first_steps={
+                name: self.first_step(plan)
+                for name, plan in self.plans.items()
+                if ended.let_in or name in self.waiting_plans
+            },
             redispatch_s=self.redispatch_s,
         )
 
@@ -346,6 +377,9 @@ class RunDriver:
             redispatch_s=executor.redispatch_s,
         )
         self._bodies = Bodies(lease, executor.beside, executor.leaving)
+        backlog = lease.waited is not None and lease.waited > BACKLOG_S
+        self._has_next = lease.let_in or (backlog and plan.name in executor.waiting_plans)
+        """Whether others may wait for a slot that its end frees, or for a worker."""
 
     def turns(self) -> Turns:
         """Until the run has ended, waits, or is given back. Raises LeaseLost."""
@@ -415,6 +449,9 @@ class RunDriver:
             commit.settlement, commit.waits, commit.tends, sleeps=commit.sleeps
         )
         parked = isinstance(found, Appended)
+        leaves = parked and commit.settlement.normal.state is RunState.QUEUED
+        wanted = leaves and self._has_next and not self._lease.let_in
+        self._lease.next_wanted = wanted and self._has_time
         self._executor.faults.reach("wait.committed" if parked else "wait.signalled")
         if isinstance(found, Appended):
             return Committed.of(found)
@@ -436,7 +473,7 @@ class RunDriver:
         if isinstance(answer, Appended):
             writer.confirm(settlement, answer)
             appended = answer
-        elif self._lease.let_in and answer is None and self._goes_on(settlement):
+        elif self._has_next and answer is None and settlement.normal.state.final and self._has_time:
             appended = writer.settle_and_claim(settlement, executor.claim_next)
         else:
             appended = executor.aside(lambda: writer.settle(settlement, tried=answer is IN_DOUBT))
@@ -444,13 +481,12 @@ class RunDriver:
             executor.faults.reach("beside.committed")
         return appended
 
-    def _goes_on(self, settlement: Settlement) -> bool:
-        """Whether another run is claimed with the end of this one, which others may wait for."""
-        return (
-            settlement.normal.state.final
-            and monotonic() < self._executor.goes_on_until
-            and not self._executor.stopping.is_set()
-        )
+    @property
+    def _has_time(self) -> bool:
+        """Whether another run is claimed with the end of this one."""
+        executor = self._executor
+        until = executor.goes_on_until if self._lease.let_in else executor.behind_until
+        return monotonic() < until and not executor.stopping.is_set()
 
     def _attempt(
         self, requests: Requests, request: RunBody, traceparent: str | None

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 
 import psycopg
 
-from beatless.orchestrator.executor import BACKLOG_S, GOES_ON_S, Executor
+from beatless.orchestrator.executor import BACKLOG_S, BEHIND_S, GOES_ON_S, Executor
 from beatless.orchestrator.group_commit import GroupCommit
 from beatless.orchestrator.lease import Connection, Lease
 from beatless.orchestrator.plan import Plan
@@ -414,6 +414,7 @@ class GroupExecutor:
         in_backlog = now < self._lull_at
         self._lull_at = 0.0
         self.executor.goes_on_until = now + GOES_ON_S if self._goes_on else 0.0
+        self.executor.behind_until = now + BEHIND_S if self._goes_on else 0.0
         try:
             return self._execute(plan, run_id, dispatch, in_backlog=in_backlog)
         finally:
@@ -483,7 +484,8 @@ class GroupExecutor:
                 pass
             self.executor.go_on(members[0].lease)
             return
-        self.executor.goes_on_until = 0.0  # nobody here would execute what an end has claimed
+        # Nobody here would execute what an end has claimed.
+        self.executor.goes_on_until = self.executor.behind_until = 0.0
         group = Group(
             self.executor, self.statement, members, own_work=self._own_work, on_long=leave
         )

@@ -92,6 +92,8 @@ class Lease:
     """Whether the run has waited for a slot: others may wait for that which its end frees."""
     following: "Lease | None" = None
     """The lease that was claimed with the end of this run."""
+    next_wanted: bool = False
+    """Whether the run was parked while others may wait for its worker."""
     following_token: int | None = None
     """The token of the claim that was sent with the end of this run, if one was."""
     trace_context: Mapping[str, str] | None = None
@@ -270,19 +272,19 @@ class Leases:
         first_steps: Mapping[str, str | None],
         redispatch_s: float,
     ) -> Callable[[], Lease | None]:
-        """Claim the run with limits that is next in the queue of one that has ended.
+        """Claim the run that is next in the queue of one that has ended: with limits, or without.
 
         In the pipeline and the transaction of that end; asks for the answer once these have ended.
         Of the plans in `first_steps`, which gives the first step of each, if it begins with one.
-        None is claimed while a message has waited for `MOMENT_S` for a worker of that queue: what
-        was sent just now is due again after `redispatch_s`.
+        None with limits, for a run that was let in, while a message has waited for `MOMENT_S` for
+        a worker of that queue: what was sent just now is due again after `redispatch_s`.
         """
         ended.following_token = new_token()
         connection.execute(
             self.sql["fence_behind_end"], {"milliseconds": f"{NEXT_LOCK_TIMEOUT_S * 1000:.0f}"}
         )
         claimed = connection.execute(
-            self.sql["claim_next"],
+            self.sql["claim_next"] if ended.let_in else self.sql["claim_behind"],
             {
                 "run_id": ended.run.run_id,
                 "token": ended.token,

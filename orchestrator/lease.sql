@@ -215,6 +215,28 @@ WITH own AS (
 )
 SELECT {claimed_columns}, true, {each_doorbell} FROM u AS r ORDER BY i
 
+-- fragment: claimed_next
+-- Take the lease of the run that a table `taken` has, whose message was not sent.
+u AS (
+  UPDATE {schema}.runs r
+     SET state = 'running', attempt = least(attempt, 2147483646) + 1, lease_token = %(next)s,
+         dead_token = NULL,
+         lease_expires_at = clock_timestamp() + make_interval(secs => %(seconds)s),
+         worker = %(worker)s, started_at = coalesce(started_at, clock_timestamp()),
+         not_before = NULL,
+         last_seq = last_seq
+           + CASE WHEN {fresh} AND first IS NOT NULL THEN 1 ELSE 0 END
+    FROM taken WHERE r.run_id = taken.run_id
+  RETURNING r.*, shard, first, was_due, {begun} AS begun
+), {each_first_step}, d AS (
+  -- As if its message had been sent: one that the relay is just sending has this number.
+  UPDATE {schema}.dispatches d
+     SET state = 'running', due_at = u.lease_expires_at, reason = 'lease',
+         attempts = least(attempts, 2147483646) + 1
+    FROM u WHERE d.run_id = u.run_id
+)
+SELECT {claimed_columns}, begun, {each_doorbell} FROM u AS r
+
 -- name: claim_next
 -- Take the lease of the run that comes next in the queue of one that this transaction has ended.
 -- Only if it has limits: its slot is one that was freed just now, and it would stay free until a message
@@ -250,25 +272,26 @@ WITH own AS (
       LIMIT 1 FOR NO KEY UPDATE OF r SKIP LOCKED) r
    LIMIT 1) f
    WHERE limited AND {schema}.take_slots(run_id)
-), u AS (
-  UPDATE {schema}.runs r
-     SET state = 'running', attempt = least(attempt, 2147483646) + 1, lease_token = %(next)s,
-         dead_token = NULL,
-         lease_expires_at = clock_timestamp() + make_interval(secs => %(seconds)s),
-         worker = %(worker)s, started_at = coalesce(started_at, clock_timestamp()),
-         not_before = NULL,
-         last_seq = last_seq
-           + CASE WHEN {fresh} AND first IS NOT NULL THEN 1 ELSE 0 END
-    FROM taken WHERE r.run_id = taken.run_id
-  RETURNING r.*, shard, first, was_due, {begun} AS begun
-), {each_first_step}, d AS (
-  -- As if its message had been sent: one that the relay is just sending has this number.
-  UPDATE {schema}.dispatches d
-     SET state = 'running', due_at = u.lease_expires_at, reason = 'lease',
-         attempts = least(attempts, 2147483646) + 1
-    FROM u WHERE d.run_id = u.run_id
-)
-SELECT {claimed_columns}, begun, {each_doorbell} FROM u AS r
+), {claimed_next}
+
+-- name: claim_behind
+-- Take the lease of a run of a plan that waits, which comes next in the queue of one that its worker
+-- has ended or parked.
+-- It comes without a message: whoever asks has had one, and takes the next one before long.
+WITH own AS (
+  SELECT r.queue, true AS fresh FROM {schema}.runs r
+   WHERE r.run_id = %(run_id)s AND r.lease_token = %(token)s AND r.state <> 'running'
+), lane AS (
+  {first_lane}
+), taken AS (
+  SELECT r.*, d.shard, (%(firsts)s::text[])[array_position(%(plans)s::text[], d.task)] AS first
+    FROM ({first_waiting}) d
+   CROSS JOIN LATERAL (
+     SELECT r.run_id, r.not_before AS was_due FROM {schema}.runs r
+      WHERE {claimable} AND r.limits IS NULL
+      LIMIT 1 FOR NO KEY UPDATE OF r SKIP LOCKED) r
+   LIMIT 1
+), {claimed_next}
 
 -- name: find_following
 -- Read the run that was claimed under a token by a statement whose answer was lost, as the claim would

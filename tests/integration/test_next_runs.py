@@ -1,5 +1,6 @@
 """The end of a run that has waited for a slot claims the next run, in the same commit."""
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -11,10 +12,14 @@ import pytest
 from sqlalchemy import make_url
 
 from beatless import App, Limit, Plan, RunState, StepContext, plan, step
+from beatless.orchestrator import executor as executors
 from beatless.orchestrator import group as groups
 from beatless.orchestrator import lease as leases
+from beatless.orchestrator.children import CancelsChildren
 from beatless.orchestrator.lease import Connection, Lease, Leases
 from beatless.orchestrator.observer import Claimed
+from beatless.orchestrator.wakes import Wakes
+from beatless.outbox.message import SHARDS
 from beatless.outbox.observer import Signal
 from beatless.testing import Kit
 from beatless.worker.bootsteps import GroupLimit
@@ -47,9 +52,16 @@ def function(run: Any) -> Any:
     return run.step(act)
 
 
+@plan("waits")
+def waits(run: Any) -> Any:
+    run.wait("go")
+    return run.step(act)
+
+
 @pytest.fixture
 def beatless_plans() -> list[Plan]:
     return [
+        waits,
         Plan("one", [act], limits=[ONE]),
         Plan("two", [act], limits=[Limit("two", at_once=2)]),
         Plan("both", [act], limits=[ONE, Limit("two", at_once=2)]),
@@ -502,3 +514,117 @@ def test_two_workers_that_end_at_once_claim_different_runs(
     assert sorted(BODIES) == sorted(runs)
     assert_idle(postgres)
     others[1].worker.executor.disconnect()
+
+
+# Without limits: runs of plans that wait
+
+
+@pytest.fixture
+def backlog(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each run has waited for long enough, and time is no reason to stop."""
+    monkeypatch.setattr(executors, "BACKLOG_S", 0.0)
+    monkeypatch.setattr(groups, "BEHIND_S", 600.0)
+
+
+def told(kit: Kit, number: int, **options: Any) -> list[str]:
+    """Runs that have got their signal, and were never claimed."""
+    runs = [kit.start_run("waits", **options).run_id for _ in range(number)]
+    for run_id in runs:
+        kit.signal(run_id, "go")
+    return runs
+
+
+@pytest.mark.usefixtures("backlog")
+def test_in_a_backlog_runs_of_a_plan_that_waits_follow_each_other_without_a_message(
+    beatless: Kit, worker: Worker
+) -> None:
+    free = beatless.start_run("free").run_id
+    runs = told(beatless, 3)
+
+    assert worker.deliver(runs[0]) == runs
+
+    assert runs == BODIES
+    assert beatless.client.get_run(free).state is RunState.QUEUED
+    beatless.work_until_idle()
+    beatless.verify()
+
+
+@pytest.mark.usefixtures("backlog")
+def test_runs_that_were_woken_follow_each_other(
+    beatless: Kit, worker: Worker, postgres: psycopg.Connection
+) -> None:
+    """They wait in the lane of their queue, for there are more than have a place in the broker."""
+    runs = [beatless.start_run("waits").run_id for _ in range(3)]
+    beatless.work_until_idle()
+    for run_id in runs:
+        beatless.signal(run_id, "go")
+    cancels = CancelsChildren(beatless.app.journal, {})
+    Wakes(beatless.app.settings.schema, cancels).wake(postgres, range(SHARDS))
+
+    assert worker.deliver(runs[0]) == runs
+
+    assert {beatless.client.get_run(run_id).attempt for run_id in runs} == {2}
+    assert runs == BODIES
+    beatless.verify()
+
+
+@pytest.mark.usefixtures("backlog")
+def test_runs_follow_one_that_was_parked(beatless: Kit, worker: Worker) -> None:
+    runs = [beatless.start_run("waits").run_id for _ in range(3)]
+    last = told(beatless, 1)
+
+    assert worker.deliver(runs[0]) == [*runs, *last]
+
+    assert {beatless.client.get_run(run_id).state for run_id in runs} == {RunState.WAITING}
+    assert last == BODIES
+    beatless.verify()
+
+
+def test_without_a_backlog_no_run_of_a_plan_that_waits_follows_another(
+    beatless: Kit, worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(executors, "BACKLOG_S", 600.0)
+    runs = told(beatless, 2)
+    assert worker.deliver(runs[0]) == runs[:1]
+    beatless.work_until_idle()
+
+
+@pytest.mark.usefixtures("backlog")
+@pytest.mark.parametrize("why", ["paused", "held", "limited", "its time is over", "stopping"])
+def test_no_run_of_a_plan_that_waits_follows_which(
+    beatless: Kit,
+    worker: Worker,
+    postgres: psycopg.Connection,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    why: str,
+) -> None:
+    caplog.set_level(logging.INFO)
+    runs = told(beatless, 1)
+    other = beatless.start_run("function").run_id if why == "limited" else told(beatless, 1)[0]
+    if why == "its time is over":
+        monkeypatch.setattr(groups, "BEHIND_S", 0.0)
+    executor = worker.worker.executor
+    executor.stopping = type(executor.stopping)()  # of this worker, and of no other
+
+    def prevent(_: StepContext) -> None:
+        if why == "paused":
+            beatless.app.queues.pause("default")
+        elif why == "held":
+            held.enter_context(postgres.transaction())
+            postgres.execute("SELECT FROM runs WHERE run_id = %s FOR UPDATE", (other,))
+        elif why == "stopping":
+            executor.stopping.set()
+
+    ACTS[None] = prevent  # type: ignore[index]  # the input of these runs
+    with ExitStack() as held:
+        assert worker.deliver(runs[0]) == runs
+
+    assert beatless.client.get_run(other).attempt == 0
+    actions = {getattr(record, "action", None) for record in caplog.records}
+    assert "claim_next_failed" not in actions  # as Postgres would have it without a slot
+    ACTS.clear()
+    if why == "paused":
+        beatless.app.queues.resume("default")
+    beatless.work_until_idle()
+    assert beatless.client.get_run(runs[0]).state is RunState.COMPLETED
