@@ -200,7 +200,12 @@ def wait_started(occurrence: str, wait: Wait, **data: Any) -> NewEvent:
     if wait.seconds is not None:
         facts["seconds"] = wait.seconds
     if wait.form is not None:
-        facts |= {"title": wait.title, "form": wait.form.reference, "schema": wait.form.schema}
+        facts |= {
+            "title": wait.title,
+            "exact": exact_name(occurrence),
+            "form": wait.form.reference,
+            "schema": wait.form.schema,
+        }
     return _event(EventType.WAIT_STARTED, occurrence, facts | data)
 
 

@@ -11,7 +11,7 @@ from beatless.orchestrator.long_history import MANY_EVENTS, MAX_EVENTS
 from beatless.orchestrator.observer import LongHistoryRead, Settled
 from beatless.orchestrator.plan import Plan
 from beatless.orchestrator.records import Appended, CheckpointPage
-from beatless.orchestrator.settlement import Settlement
+from beatless.orchestrator.settlement import NEVER_S, Settlement
 from beatless.orchestrator.state import WAITS, RunState
 from beatless.outbox.clock import monotonic
 from beatless.outbox.observer import Observer
@@ -126,7 +126,7 @@ class RunReport:
                     "action": "waits",
                     "state": state.value,
                     "reason": reason,
-                    "delay": boundary.delay_s,
+                    **({"delay": boundary.delay_s} if boundary.delay_s < NEVER_S else {}),
                     **facts,
                 },
             )

@@ -124,6 +124,7 @@ def worker(
     from beatless.worker.run import Pool, run_worker  # Celery's commands: not for a relay
 
     refuse_celery_queues(celery_arguments)
+    refuse_celery_pools(celery_arguments)
     env.log()
     app = env.app
     check_metrics_port(app.settings)
@@ -152,12 +153,32 @@ def worker(
 
 def refuse_celery_queues(arguments: Sequence[str]) -> None:
     """Raises BadRequest for Celery's option of queues, which knows no names without our prefix."""
+    for option, names in celery_options(arguments, "-Q", "--queues"):
+        problem = f"is Celery's: use --queues {names or 'A,B'}, before any --"
+        raise BadRequest(option, problem)
+
+
+def refuse_celery_pools(arguments: Sequence[str]) -> None:
+    """Raises BadRequest for a pool behind -- that Celery or beatless does not have."""
+    from beatless.worker.run import Pool
+
+    for option, pool in celery_options(arguments, "-P", "--pool"):
+        if pool == Pool.ASYNC:
+            raise BadRequest(
+                option, f"is Celery's, which has no pool {pool}: give it before any --"
+            )
+        if pool not in set(Pool):
+            pools = " or ".join([", ".join(list(Pool)[:-1]), Pool.ASYNC])
+            problem = f"has {pool!r:.200}, which executes no runs: use {pools}"
+            raise BadRequest(option, problem)
+
+
+def celery_options(arguments: Sequence[str], short: str, long: str) -> Iterator[tuple[str, str]]:
+    """One of Celery's options, as it is spelt among these, with its value."""
     for place, argument in enumerate(arguments):
-        found = re.fullmatch(r"(-Q|--queues)(?:=?(.+))?", argument)
+        found = re.fullmatch(rf"({short}|{long})(?:=?(.+))?", argument)
         if found:
-            names = found[2] or "".join(arguments[place + 1 : place + 2]) or "A,B"
-            problem = f"is Celery's: use --queues {names}, before any --"
-            raise BadRequest(found[1], problem)
+            yield found[1], found[2] or "".join(arguments[place + 1 : place + 2])
 
 
 def weights(queues: str) -> dict[str, int]:

@@ -407,10 +407,13 @@ def test_light_dark_and_a_phone(beatless: Kit, url: str, open_page: Opener) -> N
             page.goto(url + place)
             expect(page.locator("#status")).not_to_be_empty()
             assert page.evaluate("document.documentElement.scrollWidth") == 360, place
-        for width in (800, 1180):
+        for width in (760, 800, 900, 1180):
             page.set_viewport_size({"width": width, "height": 700})
             page.goto(f"{url}/#/queues")
             expect(page.locator("#queues tr")).to_have_count(1)
+            assert page.evaluate("document.documentElement.scrollWidth") == width
+            cut = "all => all.filter(one => one.scrollWidth > one.clientWidth).length"
+            assert page.locator("header button, header nav").evaluate_all(cut) == 0
             assert page.locator(".card").evaluate("card => card.scrollWidth <= card.clientWidth")
         grounds.append(page.evaluate("getComputedStyle(document.body).backgroundColor"))
     assert len(set(grounds)) == 2

@@ -515,6 +515,20 @@ def test_the_queues_option_of_celery_is_refused_for_ours(
     refused(command("worker", *given), 2, "is Celery's: use --queues slow")
 
 
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (["--", "--pool", "async"], ["--pool is Celery's", "no pool async: give it before any --"]),
+        (["--", "-P", "gevent"], ["-P has 'gevent'", "use prefork, threads, solo or async"]),
+        (["--", "--pool=eventlet"], ["--pool has 'eventlet'", "which executes no runs"]),
+    ],
+)
+def test_a_pool_of_celery_that_executes_no_runs_is_refused(
+    command: Beatless, given: list[str], told: list[str]
+) -> None:
+    refused(command("worker", *given), 2, *told)
+
+
 def test_the_events_of_a_pruned_run_are_refused_in_a_line(
     command: Beatless, beatless: Kit, beatless_app: App
 ) -> None:

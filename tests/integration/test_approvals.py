@@ -686,6 +686,8 @@ def test_a_decision_over_http_is_checked_and_made_once(beatless: Kit, api: Api) 
     (opened,) = api("GET", f"/v1/runs/{run}/waits").json["waits"]
     assert (opened["kind"], opened["title"]) == ("approval", "refund?")
     assert opened["schema"]["required"] == ["amount"]
+    (asked,) = [each for each in beatless.client.events(run) if each.type == "WaitStarted"]
+    assert opened["exact"] == asked.data["exact"] == "refund#1"
     path = f"/v1/runs/{run}/approvals/refund"
     refused = api("POST", path, {"data": {"amount": "much"}, "by": ANN})
     assert refused.status == 422

@@ -932,6 +932,7 @@ def test_a_parent_that_holds_no_worker_is_logged_as_waiting(
     assert [(each["run_id"], each["state"], each["reason"]) for each in told] == [
         (run_id, "waiting", "wait")
     ]
+    assert [each for each in told if "delay" in each] == []  # it has no end
 
 
 def test_a_map_is_told_by_explain(beatless: Kit) -> None:
