@@ -548,17 +548,19 @@ BUGS = {
         "        AND NEW.state = 'completed' AND OLD.attempt = 1)",
     ),
     "a slot is freed twice": Bug(
-        "jobs/migrations/versions/0025_kept_slots.pre.sql",
-        "DELETE FROM limit_slots s WHERE s.limit_id = limited AND s.n = place;\n",
-        "DELETE FROM limit_slots s\n   WHERE s.limit_id = limited AND s.n IN (place, 3 - place);\n",
+        "jobs/migrations/versions/0029_slots_by_run.pre.sql",
+        "DELETE FROM limit_slots s WHERE s.run_id = OLD.run_id RETURNING s.limit_id, s.n\n",
+        "DELETE FROM limit_slots s USING limit_slots o\n"
+        "       WHERE o.run_id = OLD.run_id AND s.limit_id = o.limit_id\n"
+        "         AND s.n IN (o.n, 3 - o.n) RETURNING s.limit_id, s.n\n",
     ),
     "a limit is read before the lock": Bug(
-        "jobs/migrations/versions/0025_kept_slots.pre.sql",
+        "jobs/migrations/versions/0029_slots_by_run.pre.sql",
         "SELECT c.n INTO place FROM generate_series(1, each.at_once) c(n)\n"
-        "         WHERE NOT EXISTS (SELECT FROM limit_slots s"
+        "       WHERE NOT EXISTS (SELECT FROM limit_slots s"
         " WHERE s.limit_id = each.id AND s.n = c.n)\n",
         "SELECT c.n INTO place FROM (SELECT 1 + floor(random() * 1000000)::int AS n) c\n"
-        "         WHERE (SELECT count(*) FROM limit_slots s"
+        "       WHERE (SELECT count(*) FROM limit_slots s"
         " WHERE s.limit_id = each.id) < each.at_once\n",
     ),
     "a claim behind an end takes no slot": Bug(
@@ -567,7 +569,7 @@ BUGS = {
         "   WHERE limited\n",
         (
             Bug(
-                "jobs/migrations/versions/0025_kept_slots.pre.sql",
+                "jobs/migrations/versions/0029_slots_by_run.pre.sql",
                 "     + (SELECT count(*) FROM limit_loans o WHERE o.run_id = NEW.run_id)\n",
                 "     + 8\n",
             ),

@@ -26,7 +26,7 @@ from beatless.worker.bootsteps import GroupLimit
 from tests.integration.test_groups import Known, be_patient
 from tests.integration.test_postgres_faults import at
 from tests.integration.test_races import at_once
-from tests.integration.test_run_limits import assert_idle, parked, slots
+from tests.integration.test_run_limits import ENDS, assert_idle, parked, slots
 from tests.proxy import proxy
 
 BODIES: list[str] = []
@@ -302,14 +302,14 @@ def test_where_celery_counts_tasks_the_end_of_a_run_claims_none(
     other.worker.executor.disconnect()
 
 
-def test_a_claim_that_would_wait_for_another_is_left_out_and_the_end_is_not(
+def test_an_end_claims_the_next_run_with_the_place_that_it_has_freed(
     beatless: Kit,
     beatless_app: App,
     worker: Worker,
     postgres: psycopg.Connection,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The place that is tried first seems free: another claim has not committed."""
+    """The other place seems free, and would be waited for: another claim has not committed."""
     monkeypatch.setattr(leases, "NEXT_LOCK_TIMEOUT_S", 0.05)
     beatless.start_run("two")
     ((limit_id,),) = postgres.execute("SELECT limit_id FROM dispatches").fetchall()
@@ -317,13 +317,62 @@ def test_a_claim_that_would_wait_for_another_is_left_out_and_the_end_is_not(
     table = f"{beatless_app.settings.schema}.limit_slots"
     take = f"INSERT INTO {table} (limit_id, n, run_id) VALUES (%s, 1, 'elsewhere')"
     postgres.execute(take, (limit_id,))
-    runs = started(beatless, "two", "two", "two", input="wait")
+    runs = started(beatless, "two", "two", "two", input="take")
     with closing(beatless_app.executors.connect()) as other:
 
-        def wait(_: StepContext) -> None:
+        def take_first(_: StepContext) -> None:
+            ACTS.clear()
             postgres.execute("DELETE FROM limit_slots WHERE n = 1")
             other.execute("BEGIN")
             other.execute(take, (limit_id,))
+
+        ACTS["take"] = take_first
+        assert worker.deliver(runs[0]) == runs
+        other.execute("ROLLBACK")
+    assert_idle(postgres)
+
+
+def test_a_place_that_a_session_names_is_none_of_more_than_there_are(
+    beatless: Kit, beatless_app: App, postgres: psycopg.Connection
+) -> None:
+    runs = [beatless.start_run("two").run_id for _ in range(6)]
+    ((limit_id,),) = postgres.execute("SELECT DISTINCT limit_id FROM dispatches").fetchall()
+    places = []
+    with closing(beatless_app.executors.connect()) as session:
+        freed = ["1 elsewhere", f"3 {limit_id}", f"0 {limit_id}", f"x {limit_id}", limit_id, ""]
+        for run_id, named in zip(runs, freed, strict=True):
+            session.execute("SELECT set_config('beatless.freed_slot', %s, false)", (named,))
+            lease = beatless_app.leases.claim(
+                session, run_id, plan="two", worker="w", first_step="act", dispatch=1
+            )
+            assert lease is not None
+            places += postgres.execute("SELECT n FROM limit_slots").fetchall()
+            assert beatless_app.journal.settle(session, run_id, lease.token, ENDS) is not None
+    assert places == [(1,)] * 6
+
+
+def test_a_claim_that_would_wait_for_another_is_left_out_and_the_end_is_not(
+    beatless: Kit,
+    beatless_app: App,
+    worker: Worker,
+    postgres: psycopg.Connection,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The next run has another limit too, whose place seems free: a claim has not committed."""
+    monkeypatch.setattr(leases, "NEXT_LOCK_TIMEOUT_S", 0.05)
+    beatless.start_run("two")
+    ((limit_id,),) = postgres.execute("SELECT limit_id FROM dispatches").fetchall()
+    beatless.work_until_idle()
+    table = f"{beatless_app.settings.schema}.limit_slots"
+    runs = started(beatless, "one", "one", "both", input="wait")
+    with closing(beatless_app.executors.connect()) as other:
+
+        def wait(_: StepContext) -> None:
+            other.execute("BEGIN")
+            other.execute(
+                f"INSERT INTO {table} (limit_id, n, run_id) VALUES (%s, 1, 'elsewhere')",
+                (limit_id,),
+            )
 
         ACTS["wait"] = wait
         assert worker.deliver(runs[0]) == runs[:1]

@@ -342,6 +342,39 @@ def test_the_slot_of_a_worker_that_was_killed_is_that_of_its_run_until_it_ends(
     assert_idle(postgres)
 
 
+def test_a_claim_passes_over_no_slots_of_runs_that_have_ended(
+    beatless: Kit, beatless_app: App, patient: psycopg.Connection, postgres: psycopg.Connection
+) -> None:
+    """They stay in the indexes for as long as somebody reads what was there before them."""
+    run_ids = [run.run_id for run in beatless.client.start_runs([MANY] * 101)]
+    with beatless_app.direct_connection() as reader:
+        reader.execute("BEGIN ISOLATION LEVEL REPEATABLE READ")
+        reader.execute("SELECT 1")
+        read = []
+        for run_id in run_ids:
+            lease = claim(beatless_app, patient, run_id)
+            assert lease is not None
+            end(beatless_app, patient, lease)
+            if run_id in run_ids[-2:]:
+                patient.execute("SELECT pg_stat_force_next_flush()")
+                patient.execute("SELECT 1")
+                read.append(entries_read(postgres))
+        reader.execute("ROLLBACK")
+    assert read[1] - read[0] < 20
+
+
+MANY = RunRequest(plan="many", input={"account": "a"})
+
+
+def entries_read(postgres: psycopg.Connection) -> int:
+    """How many entries of the indexes of slots were read."""
+    ((found,),) = postgres.execute(
+        "SELECT sum(idx_tup_read)::int FROM pg_stat_user_indexes "
+        "WHERE relname = 'limit_slots' AND schemaname = current_schema()"
+    ).fetchall()
+    return int(found)
+
+
 @pytest.mark.parametrize("name", ["pays", "snoozes"])
 def test_a_run_that_waits_holds_no_slot(
     beatless: Kit, postgres: psycopg.Connection, name: str
