@@ -297,6 +297,8 @@ class Leases:
                 "just_sent": redispatch_s - MOMENT_S,
             },
         )
+        # The commit waits for that of each other transaction that rings: it is not to fail there.
+        connection.execute(self.sql["set_lock_timeout"], {"milliseconds": "0"})
         return lambda: next((_lease(row) for row in claimed.fetchall()), None)
 
     def find_following(self, connection: Connection, ended: Lease) -> Lease | None:

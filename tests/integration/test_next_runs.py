@@ -404,6 +404,33 @@ def test_a_claim_that_would_wait_for_a_pause_is_left_out_and_the_end_is_not(
         other.execute("ROLLBACK")
 
 
+NOTE_WAITS = """
+CREATE TABLE waits (run_id text, at_most text);
+CREATE FUNCTION note_wait() RETURNS trigger LANGUAGE plpgsql SET search_path FROM CURRENT AS $$
+BEGIN
+  INSERT INTO waits VALUES (NEW.run_id, current_setting('lock_timeout'));
+  RETURN NULL;
+END $$;
+CREATE CONSTRAINT TRIGGER zz_note_wait AFTER UPDATE OF state ON runs
+  DEFERRABLE INITIALLY DEFERRED FOR EACH ROW WHEN (NEW.finished_at IS NOT NULL)
+  EXECUTE FUNCTION note_wait();
+"""
+"""Called by the commit."""
+
+
+def test_the_commit_of_an_end_with_a_claim_waits_for_others_as_long_as_it_takes(
+    beatless: Kit, worker: Worker, postgres: psycopg.Connection
+) -> None:
+    """Those that ring commit one after another: the short wait for locks is the claim's alone."""
+    runs = started(beatless, "one", "one", "one", "one")
+    postgres.execute(NOTE_WAITS.encode())
+
+    assert worker.deliver(runs[0]) == runs
+
+    found = postgres.execute("SELECT run_id, at_most FROM waits").fetchall()
+    assert found == [(run_id, "0") for run_id in runs]
+
+
 def test_a_run_whose_other_limit_is_full_waits_for_that(
     beatless: Kit, worker: Worker, postgres: psycopg.Connection
 ) -> None:
