@@ -6,19 +6,20 @@ const TYPES = ["RunStarted", "StepStarted", "StepFinished", "StepFailed", "Debug
 
 const log = (run, status) => console.error(`run ${run} is not followed: HTTP ${status}`);
 
-function follow(base, run, show, forget, { cookies = false, refused = log } = {}) {
+function follow(base, run, show, forget, { cookies = false, tokenUrl = "", refused = log } = {}) {
   let source, ended = false, last = "";
   const stop = () => { ended = true; source?.close(); };
   const again = () => setTimeout(() => ended || open().catch(again), 2000);
   async function open() {
-    // Where your session cookie authenticates (`authenticate`, below), no token is needed.
-    const made = await (cookies ? fetch(`${base}/v1/runs/${run}`)
+    // Where your session cookie authenticates (`authenticate`, below), no token is needed. Else it is
+    // one of the API, or of `tokenUrl`: a path of your own, for those whom the API does not know.
+    const made = await (tokenUrl ? fetch(tokenUrl) : cookies ? fetch(`${base}/v1/runs/${run}`)
       : fetch(`${base}/v1/runs/${run}/stream-token`, { method: "POST" }));
     if (made.status >= 400 && made.status < 500) { // no such run (yet: commit first), or not yours
       stop();
       return refused(run, made.status);
     }
-    const query = new URLSearchParams(cookies ? {} : { token: (await made.json()).token });
+    const query = new URLSearchParams(cookies && !tokenUrl ? {} : { token: (await made.json()).token });
     if (ended) return;
     if (last) query.set("from_seq", last);
     source = new EventSource(`${base}/v1/runs/${run}/stream?${query}`);
