@@ -77,6 +77,7 @@ def dev(
             say(line)
         env.document(stack.facts()) if env.as_json else click.echo("ready")
         stack.watch(env.note)
+    say("stopped")
 
 
 def load_app(env: Environment, settings: Settings) -> Settings:

@@ -159,6 +159,8 @@ def test_dev_from_start_to_end(dev: Callable[..., Dev], tmp_path: Path) -> None:
     everything = stack.processes()
     stack.process.send_signal(signal.SIGTERM)
     assert stack.process.wait(SECONDS) == 0
+    assert stack.process.stdout is not None
+    assert stack.process.stdout.read() == "stopped\n"
     gone(everything)
     assert [path.name for path in tmp_path.iterdir()] == ["beatless.env"]
 
