@@ -57,8 +57,9 @@ class TimeCalls(WaitCalls):
         times that they count with them: the `timeout` of a step that is running, a relay's pause
         after a failure. Ticks of schedules are fired on the way, each at its time, and a run that
         one starts is due then; the names of ticks (`run.tick`) are those of the calendar. With
-        `ticks=False` no relay lives meanwhile, and ticks are missed. Raises ValueError unless it is
-        0 seconds to a thousand years.
+        `ticks=False` no relay lives meanwhile, and ticks are missed. Real time goes on between the
+        calls: three times 60 seconds fire three ticks of a schedule of a minute, or four. Raises
+        ValueError unless it is 0 seconds to a thousand years.
 
         >>> run = beatless.start_run("checkout", {"order": 1}, delay=3600)
         >>> beatless.work_until_idle()

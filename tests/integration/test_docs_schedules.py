@@ -137,4 +137,4 @@ def test_the_project_of_the_page_works(
         "-p", "beatless", "-p", "no:cacheprovider", "--beatless-services=external"
     )
 
-    result.assert_outcomes(passed=4)
+    result.assert_outcomes(passed=5)
