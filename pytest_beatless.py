@@ -34,6 +34,12 @@ The test has the mark django_db, for Django's own test database, and the fixture
 the kit's; or take the fixture away, to have Django's, in which no run is executed."""
 
 
+NO_DJANGO_DATABASE = """\
+With beatless_app in the pytest settings, BEATLESS_DATABASE_URL names no server outside of the
+fixtures of beatless. Ask for beatless_django (perhaps by one of yours, as db) in place of django_db
+or TestCase; or give these a server of their own: docs/django.md of beatless, "Tests"."""
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("beatless")
     group.addoption(
@@ -165,7 +171,9 @@ def pytest_collection(session: pytest.Session) -> Generator[None, Any, Any]:
         return (yield)
 
 
-def pytest_exception_interact(call: pytest.CallInfo[Any], report: Any) -> None:
+def pytest_exception_interact(
+    node: pytest.Item | pytest.Collector, call: pytest.CallInfo[Any], report: Any
+) -> None:
     error = getattr(call.excinfo, "value", None)
     bad_setting = (type(error).__module__, type(error).__name__) == (
         "beatless.errors",
@@ -173,6 +181,9 @@ def pytest_exception_interact(call: pytest.CallInfo[Any], report: Any) -> None:
     )
     if bad_setting and isinstance(report, pytest.CollectReport):
         report.sections.append(("beatless", UNSET))
+    no_name = type(error).__name__ == "ImproperlyConfigured" and "supply the NAME" in str(error)
+    if no_name and node.config.getini("beatless_app"):
+        report.sections.append(("beatless", NO_DJANGO_DATABASE))
 
 
 def implementation(module: str = "beatless.testing.fixtures") -> ModuleType:

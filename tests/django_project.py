@@ -280,8 +280,10 @@ def fresh_app():
 
 def test_a_page_follows_a_run(beatless, db):
     from django.contrib.auth.models import User
-    from django.test import Client
+    from django.http import Http404
+    from django.test import Client, RequestFactory
     from shop.asgi import host
+    from shop.following import stream_token
     from starlette.testclient import TestClient
 
     browsers = {}
@@ -297,8 +299,15 @@ def test_a_page_follows_a_run(beatless, db):
     assert browsers["admin"].get(f"/orders/{order.pk}").json()["run"] == "completed"
     assert browsers["admin"].get(stream).text.count("event: RunFinished") == 1
     assert browsers["someone"].get(stream).status_code == 401
-    token = client().stream_token(order.run_id)
+    assert TestClient(host).get("/static/admin/css/base.css").status_code == 200
+
+    asked = RequestFactory().get("/")
+    asked.session = {"orders": [order.pk]}
+    token = json.loads(stream_token(asked, order.pk).content)["token"]
     assert TestClient(host).get(stream, params={"token": token}).status_code == 200
+    asked.session = {}
+    with pytest.raises(Http404):
+        stream_token(asked, order.pk)
 
 
 def test_the_fixtures_of_pytest_django_work_in_the_tests_schema(

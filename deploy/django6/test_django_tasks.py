@@ -79,7 +79,7 @@ def test_the_shop_and_the_page_of_the_docs_work_with_tasks(
     (tmp_path / "shop" / "tasks.py").write_text(BLOCKS["shop/tasks.py"] + more)
     (tmp_path / "test_tasks.py").write_text(BLOCKS["test_tasks.py"])
     shutil.copy(HERE / "project.py", tmp_path / "test_project.py")
-    told = run_pytest(tmp_path, beatless_services)  # which knows no option of pytest-django
+    told = run_pytest(tmp_path, beatless_services)
     assert re.search(r"^\d+ passed(, 1 warning)? in ", told, re.MULTILINE), told
 
 
