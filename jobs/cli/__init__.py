@@ -64,7 +64,7 @@ COMMANDS = {
         "dead-letters": (
             "Failed runs without a retry, and dead letters: messages that could not be published."
         ),
-        "drain": "Take away the runs of queue Q that no worker has, begun or not; prints how many.",
+        "drain": "Delete the runs of queue Q that no worker has, begun or not; prints how many.",
         "obliterate": "Take away queue Q with all of its runs, ended ones too; prints how many.",
         "pause": "Start no more runs of queue Q anywhere; those that run go on.",
         "queues": "Every queue with its counts, of all namespaces.",

@@ -67,7 +67,10 @@ def lines_of(app: Any, named: str) -> Iterator[str]:
     if lost := [task.name for task in tasks if not task.acks_late]:
         yield ""
         yield "# With acks_late off Celery loses a task with its worker; a step is called again."
-        yield f"# These must bear that: {', '.join(lost)}"
+        yield f"# New for these: {', '.join(lost)}"
+    yield ""
+    yield "# Every task here must bear to be called again after its effect, by `self.request.id`,"
+    yield "# which stays the same, for example; what a body does cannot be seen here."
     yield from body
     yield ""
     yield f"PLANS = [{', '.join(plans)}]"

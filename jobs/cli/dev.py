@@ -49,6 +49,7 @@ def dev(
 ) -> None:
     """A whole beatless in the foreground: servers, relay, workers, API, Flower; Ctrl-C ends it."""
     env: Environment = context.obj
+    env.check_app_exists()
     port = usable(context, "port", port)
     stack = Stack(
         data_dir,

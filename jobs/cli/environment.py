@@ -2,6 +2,7 @@
 
 import gc
 import importlib
+import importlib.util
 import json
 import os
 import re
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 
     from beatless.app import App
     from beatless.client import Client
+
+APP_EXAMPLE = "myproject.app:app"
 
 SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
@@ -137,6 +140,11 @@ class Environment:
             return self.client
         return self.app.client_for(namespace_of(run_id), shown=True)
 
+    def check_app_exists(self) -> None:
+        """Raise BadSetting if the package of the named app is not there, before anything starts."""
+        if self.app_name:
+            check_exists(self.app_name, "--app" if self.named else "BEATLESS_APP")
+
     @property
     def app_name(self) -> str:
         """The environment variables by which another process finds the same app."""
@@ -230,29 +238,49 @@ def project_module(name: str) -> ModuleType:
         raise AppFailed(name, f"{type(error).__name__}: {error}") from error
 
 
+def named_app(name: str, given: str) -> tuple[str, str]:
+    """The module and the attribute of `module:attribute`. Raises BadSetting."""
+    module_name, _, attribute = name.partition(":")
+    if not module_name or not attribute:
+        raise BadSetting(given, f"is {name!r}, which is not module:attribute", APP_EXAMPLE)
+    return module_name, attribute
+
+
+def no_module(name: str, given: str) -> BadSetting:
+    """The error of an app whose module is not there."""
+    problem = f"names the module {name}, which cannot be found from {Path.cwd()}"
+    return BadSetting(given, problem, APP_EXAMPLE)
+
+
+def check_exists(name: str, given: str) -> None:
+    """Raise BadSetting if the package of the app is not there. Imports nothing of the project."""
+    module_name, _ = named_app(name, given)
+    if (here := str(Path.cwd())) not in sys.path:
+        sys.path.insert(0, here)
+    package = module_name.partition(".")[0]
+    if package not in sys.modules and importlib.util.find_spec(package) is None:
+        raise no_module(module_name, given)
+
+
 def load(name: str, given: str) -> "App":
     """The app at `module:attribute`. Raises BadSetting, of the setting `given`, and AppFailed."""
     from beatless.app import App
 
-    module_name, _, attribute = name.partition(":")
-    example = "myproject.app:app"
-    if not module_name or not attribute:
-        raise BadSetting(given, f"is {name!r}, which is not module:attribute", example)
+    module_name, attribute = named_app(name, given)
     try:
         found: Any = project_module(module_name)
     except ModuleNotFoundError as error:
-        problem = f"names the module {module_name}, which cannot be found from {Path.cwd()}"
-        raise BadSetting(given, problem, example) from error
+        raise no_module(module_name, given) from error
     for part in attribute.split("."):
         if not hasattr(found, part):
             problem = f"names {name}, but {module_name} has no {attribute}"
-            raise BadSetting(given, problem, example)
+            raise BadSetting(given, problem, APP_EXAMPLE)
         found = getattr(found, part)
     if not isinstance(found, App):
         problem = f"names {name}, which is a {type(found).__name__} and not an App"
         if hasattr(found, "send_task"):
             problem += f"; it is a Celery app, and the App is what `App(…)` gave in {module_name}"
-        raise BadSetting(given, problem, example)
+        raise BadSetting(given, problem, APP_EXAMPLE)
     return found
 
 

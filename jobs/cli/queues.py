@@ -126,9 +126,20 @@ def resume(env: Environment, queue: str) -> None:
 
 @click.command()
 @click.argument("queue", metavar="Q")
+@click.option("--yes", is_flag=True, help="Ask nothing; without a terminal nothing is asked.")
+@click.option("--dry-run", is_flag=True, help="Only count the runs to delete.")
 @click.pass_obj
-def drain(env: Environment, queue: str) -> None:
-    """Take away the runs of queue Q that no worker has, begun or not; prints how many."""
+def drain(env: Environment, queue: str, yes: bool, dry_run: bool) -> None:
+    """Delete the runs of queue Q that no worker has, begun or not; prints how many."""
+    if dry_run:
+        runs = waiting_runs_of(env, queue)
+        env.document({"runs": runs}) if env.as_json else click.echo(in_words(runs))
+        return
+    if not yes and sys.stdin.isatty():
+        asked = f"Delete {in_words(waiting_runs_of(env, queue))} of queue {queue} and their events?"
+        if not click.confirm(asked, err=True):
+            env.note("nothing is removed")
+            raise click.exceptions.Exit(1)
     removed = env.client.drain_queue(queue)
     env.document({"removed": removed}) if env.as_json else click.echo(removed)
     env.note(f"runs removed from queue {queue}, with their events: {removed}")
@@ -159,6 +170,19 @@ def obliterate(env: Environment, queue: str, force: bool, yes: bool, dry_run: bo
     removed = env.client.obliterate_queue(queue, force=force)
     env.document({"removed": removed}) if env.as_json else click.echo(removed)
     env.note(f"queue {queue} is removed, and its runs with their events: {removed}")
+
+
+def waiting_runs_of(env: Environment, queue: str) -> int:
+    """The unfinished runs of a queue that no worker has. Raises BadRequest if nothing knows it."""
+    states = [state for state in env.client.queues() if state.name == queue]
+    if not states and queue not in {plan.queue for plan in env.app.plans.values()}:
+        raise unknown_queue(queue)
+    return sum(state.queued + state.delayed + state.waiting for state in states)
+
+
+def in_words(runs: int) -> str:
+    """A number of runs, as "1 run"."""
+    return f"{runs:,} run{'' if runs == 1 else 's'}"
 
 
 def runs_of(env: Environment, queue: str) -> tuple[int, int]:

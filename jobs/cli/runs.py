@@ -286,7 +286,7 @@ def runs(
 @click.option("--reason", help="Kept with the run.")
 @click.pass_obj
 def cancel(env: Environment, run: str, reason: str | None) -> None:
-    """Ask RUN to stop. A run that waits ends at once, one that runs after its step."""
+    """Ask RUN to stop. A run that waits ends at once, one that runs with its step."""
     found = env.client_of(run).cancel_run(run, reason=reason)
     if env.as_json:
         env.document(found.to_dict())
@@ -299,7 +299,7 @@ def cancel(env: Environment, run: str, reason: str | None) -> None:
             f"{run} will end when it is undone: by the on_cancel step of its plan, or of its steps"
         )
     else:
-        click.echo(f"{run} will end after its step")
+        click.echo(f"{run} will end with its step: after it, or earlier if it looks for a cancel")
 
 
 @click.command()

@@ -458,6 +458,47 @@ def test_queues_say_that_they_count_the_runs_of_all_namespaces(
     )
 
 
+def test_drain_counts_or_asks_before_it_deletes(
+    command: Beatless, beatless: Kit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended = beatless.start_run("two_steps", queue="full").run_id
+    beatless.work_until_idle()
+    beatless.start_run("two_steps", queue="full")
+
+    assert command("drain", "full", "--dry-run").out == "1 run\n"
+    beatless.start_run("two_steps", queue="full", delay=3600)
+    (counted,) = command("--json", "drain", "full", "--dry-run").documents
+    assert counted == {"runs": 2}
+    refused(command("drain", "flul", "--dry-run"), 2, "queue is 'flul', which no plan names")
+    monkeypatch.setattr("sys.stdin", Terminal("n\n"))
+    said = command("drain", "full")
+    assert "Delete 2 runs of queue full and their events?" in said.err
+    assert (said.status, said.out) == (1, "")
+    assert len(beatless.client.list_runs(queue="full")) == 3
+    assert command("drain", "full", "--yes").out == "2\n"
+    assert [run.run_id for run in beatless.client.list_runs(queue="full")] == [ended]
+
+
+def test_drain_without_a_terminal_asks_nothing(
+    command: Beatless, beatless: Kit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    beatless.start_run("two_steps", queue="full")
+    monkeypatch.setattr("sys.stdin", io.StringIO())
+    assert command("--json", "drain", "full").documents == [{"removed": 1}]
+
+
+def test_dev_of_an_app_that_is_not_there_starts_nothing(
+    command: Beatless, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, problem in (
+        ("absent_shop.app:app", "names the module absent_shop.app, which cannot be found from"),
+        ("absent_shop", "is 'absent_shop', which is not module:attribute"),
+    ):
+        refused(command("--app", name, "dev"), 2, problem)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_obliterate_without_a_terminal_asks_nothing(
     command: Beatless, beatless: Kit, monkeypatch: pytest.MonkeyPatch
 ) -> None:
