@@ -32,6 +32,7 @@ from beatless.app import App
 from beatless.errors import BadRequest
 from beatless.orchestrator.errors import EventsPruned, RunNotFound
 from beatless.orchestrator.events import Event, EventType
+from beatless.orchestrator.failure import was_cancelled
 from beatless.outbox.backoff import Backoff
 from beatless.outbox.clock import monotonic
 from beatless.outbox.message import every_channel, run_of
@@ -40,6 +41,7 @@ from beatless.outbox.statements import statements
 from beatless.outbox.threads import LastingThread
 from beatless.settings import service_links
 from beatless.streams.messages import parse
+from beatless.transactions import first_line
 from beatless.worker import canary
 
 logger = logging.getLogger(__name__)
@@ -128,8 +130,9 @@ class FleetState(EventsState):  # type: ignore[misc]  # Flower has no types
                 self._tell_step(event, "succeeded", moment)
             case EventType.STEP_FAILED:
                 again = data.get("retry_at") is not None and not data.get("final")
+                ended = "revoked" if was_cancelled(data) else "failed"
                 why = {"exception": reason(data.get("error"))}
-                self._tell_step(event, "retried" if again else "failed", moment, **why)
+                self._tell_step(event, "retried" if again else ended, moment, **why)
                 if again:
                     self._tell(run_id, "retried", moment, **why)
             case EventType.RUN_FINISHED:
@@ -224,7 +227,7 @@ class Listener:
                 delay = self._backoff.delay(self._failures)
                 logger.warning(
                     "flower receives no events of runs, will retry",
-                    extra={"action": "flower_deaf", "retry_in": delay, "reason": str(error)},
+                    extra={"action": "flower_deaf", "retry_in": delay, "reason": first_line(error)},
                 )
                 self._stopping.wait(delay)
 

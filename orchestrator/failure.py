@@ -4,7 +4,7 @@ The class is the user's, and so may be every attribute of it: to describe it nev
 """
 
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -62,6 +62,12 @@ def line_of(error: BaseException) -> str:
 def cancel_error(reason: str | None) -> dict[str, Any]:
     """The stored error of a cancelled run."""
     return {"type": "RunCancelled", "message": reason or "the run was cancelled"}
+
+
+def was_cancelled(failed: Mapping[str, Any]) -> bool:
+    """Whether a StepFailed with this data was no failure: the cancel of its run ended the step."""
+    error = failed.get("error")
+    return isinstance(error, Mapping) and error.get("type") == "RunCancelled"
 
 
 def text_of(error: BaseException) -> str:

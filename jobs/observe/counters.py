@@ -37,7 +37,8 @@ from beatless.observe.families import (
     Family,
     Labels,
 )
-from beatless.orchestrator.events import EventType
+from beatless.orchestrator.events import EventType, as_stored
+from beatless.orchestrator.failure import was_cancelled
 from beatless.orchestrator.observer import (
     Claimed,
     DeathCause,
@@ -72,6 +73,8 @@ from beatless.streams.observer import Backfilled, StreamClosed, StreamOpened
 
 RUN_OUTCOMES = tuple(sorted(state.value for state in FINAL))
 STEP_OUTCOMES = {EventType.STEP_FINISHED: "finished", EventType.STEP_FAILED: "failed"}
+OTHER_OUTCOMES = ("cancelled", "snoozed")
+"""Of a StepFailed by which a cancel ended the step, and of a trace."""
 
 
 class WorkerCounters:
@@ -116,7 +119,7 @@ class WorkerCounters:
             last = [plan.on_cancel] if plan.on_cancel else []
             for step in (*plan.steps, *plan.undo_steps.values(), *last):
                 yield STEP_DURATION, (plan.name, step.name)
-                for outcome in (*STEP_OUTCOMES.values(), "snoozed"):
+                for outcome in (*STEP_OUTCOMES.values(), *OTHER_OUTCOMES):
                     yield STEP_ATTEMPTS, (plan.name, step.name, outcome)
 
     def __call__(self, signal: Signal) -> None:
@@ -150,6 +153,8 @@ class WorkerCounters:
             outcome = STEP_OUTCOMES.get(event.type)
             if outcome is None and event.type == EventType.DEBUG_TRACE:
                 outcome = "snoozed" if signal.reason == "snooze" else None
+            if event.type == EventType.STEP_FAILED and was_cancelled(as_stored(event)):
+                outcome = "cancelled"
             if outcome is None or event.step is None:
                 continue
             step = event.step.partition("#")[0]

@@ -285,6 +285,21 @@ def test_a_worker_and_the_journal_tell_of_the_same_task(worker_first: bool) -> N
     assert state.counter["w1@host"] == {"task-received": 1, "task-started": 1, "task-failed": 1}
 
 
+@pytest.mark.parametrize("undone", [False, True])
+def test_a_step_that_ended_by_the_cancel_is_revoked_as_its_run(undone: bool) -> None:
+    state = FleetState(plans={"plan"})
+    error = {"type": "RunCancelled", "message": "the run was cancelled"}
+    state.journal(event(1, "RunStarted", plan="plan"))
+    state.journal(event(2, "StepStarted", "a"))
+    final = {"final": True} if undone else {}
+    state.journal(event(3, "StepFailed", "a", error=error, retry_at=None, **final))
+    state.journal(event(4, "RunFinished", outcome="cancelled", error=error))
+    assert {uuid: task.state for uuid, task in state.tasks.items()} == {
+        "r": "REVOKED",
+        "r:a": "REVOKED",
+    }
+
+
 def test_each_run_of_a_group_is_a_task_with_its_steps(
     beatless: Kit, beatless_app: App, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,8 +13,10 @@ import yaml
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from beatless import App
+from beatless import App, Plan, StepContext
+from beatless import step as declare
 from beatless.api import create_api
+from beatless.client import Client
 from beatless.observe.counts import LocalCounts, SharedCounts
 from beatless.observe.families import LEASE_LOST, MAX_QUEUE_SERIES, QUEUE_WAIT, RUN_DURATION
 from beatless.observe.gauges import CACHE_S, PostgresGauges
@@ -100,6 +102,33 @@ def test_runs_of_a_group_are_counted_one_by_one(
         name = "beatless_step_attempts_total"
         assert found.value(name, plan="two_steps", step=step, outcome="finished") == 3
     assert found.value("beatless_queue_wait_seconds_count", queue="default") == 3
+
+
+class TestCancels:
+    @pytest.fixture
+    def beatless_plans(self) -> list[Plan]:
+        @declare
+        def ends(ctx: StepContext) -> None:
+            self.client.cancel_run(ctx.run_id)
+            while True:
+                ctx.raise_if_cancelled()
+
+        return [Plan("ends", [ends])]
+
+    client: Client
+
+    def test_a_step_that_a_cancel_ends_has_not_failed(self, beatless: Kit) -> None:
+        self.client = beatless.client
+        run = beatless.start_run("ends")
+        beatless.work_until_idle()
+        assert beatless.client.get_run(run.run_id).state == "cancelled"
+        assert "StepFailed" in [event.type for event in beatless.client.events(run.run_id)]
+
+        found = scrape(beatless.app.metrics.registry)
+
+        name = "beatless_step_attempts_total"
+        for outcome, count in (("cancelled", 1), ("failed", 0)):
+            assert found.value(name, plan="ends", step="ends", outcome=outcome) == count
 
 
 def test_everything_of_one_process_equals_the_journal(beatless: Kit, beatless_app: App) -> None:
