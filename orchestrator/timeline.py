@@ -84,11 +84,12 @@ def timeline(
     events: Sequence[Event],
     status: DispatchStatus,
     children: ChildrenWait | None = None,
+    consumers: int | None = None,
 ) -> list[Moment]:
     """Attempts, waits, leases, dispatches and publishes of a run, in order; then where it stands.
 
     An attempt without an outcome is one whose process died or lost its lease. `children` are those
-    of `waits_for_children`.
+    of `waits_for_children`, `consumers` the workers of its queue, if it was sent to the broker.
     """
     waits = open_waits(events)
     wait = " and for ".join(map(named_waits, waits)) or "nothing that is known here"
@@ -101,7 +102,7 @@ def timeline(
         *_pruned(run),
         *history,
         *_length(run, status, events),
-        *_now(run, status, stands_at(events), wait, until),
+        *_now(run, status, stands_at(events), wait, until, consumers),
     ]
 
 
@@ -365,8 +366,29 @@ def _before(run: Run, place: GroupPlace) -> str:
     return f"{text}; after {after} it comes before higher priorities"
 
 
+def _unclaimed(run: Run, consumers: int | None) -> str:
+    """Why no worker has claimed a run that was sent, as far as the fleet has announced it."""
+    text = "was sent to the broker, and no worker has claimed it yet: "
+    if not consumers:
+        return (
+            f"{text}none tells that it consumes the queue {run.queue} (`beatless queues`): start "
+            f"`beatless worker --queues {run.queue}`"
+        )
+    have = "the worker" if consumers == 1 else f"the {consumers:,} workers"
+    return (
+        f"{text}{have} of the queue {run.queue} had no process free, or took it without "
+        f"knowing the plan {run.plan} (`beatless doctor --check workers`), or another fleet took "
+        'it from the same broker (`--check "shared broker"`)'
+    )
+
+
 def _now(
-    run: Run, status: DispatchStatus, place: str | None, wait: str, until: str
+    run: Run,
+    status: DispatchStatus,
+    place: str | None,
+    wait: str,
+    until: str,
+    consumers: int | None,
 ) -> Iterator[Moment]:
     now = _ms(status.now)
     if run.attempt:
@@ -392,10 +414,7 @@ def _now(
         text = {
             "waiting": waits,
             "delayed": waits,
-            "sent": "was sent to the broker, and no worker has claimed it yet: none consumes the "
-            f"queue {run.queue}, none was free, or the one that took it does not know the plan "
-            "(`beatless doctor --check workers --check plans`) or is of another database "
-            '(`--check "shared broker"`)',
+            "sent": _unclaimed(run, consumers),
             "running": "is executed",
         }.get(state, state)
         when = f"in {_in_words(left)}" if left > 0 else "now"

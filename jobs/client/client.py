@@ -31,6 +31,7 @@ from beatless.errors import BadRequest
 from beatless.orchestrator.children import ChildRuns
 from beatless.orchestrator.events import Event, EventText
 from beatless.orchestrator.plan import on_cancel_steps
+from beatless.orchestrator.queues import QueueStatements
 from beatless.orchestrator.records import NewRun, Place, Run
 from beatless.orchestrator.state import RunState
 from beatless.orchestrator.timeline import Moment, timeline, waits_for_children
@@ -393,7 +394,11 @@ class Client(
             children = None
             if run.state is RunState.WAITING and (started := waits_for_children(events)):
                 children = ChildRuns(self._journal).waited_for(caller, run.run_id, started)
-            return timeline(run, self._told(events), status, children)
+            consumers = None
+            if status.dispatch is not None and status.dispatch[0] == "sent":
+                workers = QueueStatements(self._journal.schema).workers(caller)
+                consumers = sum(run.queue in worker.queues for worker in workers)
+            return timeline(run, self._told(events), status, children, consumers)
 
         return self._in_transaction(connection, look)
 

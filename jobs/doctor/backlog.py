@@ -124,7 +124,8 @@ def queues(probe: Probe) -> Iterator[Verdict]:
     paused = [state.name for state in states if state.paused_at is not None]
     for age_s, state in sorted(late, key=lambda each: each[0], reverse=True)[:MAX_QUEUES]:
         yield warn(
-            f"{counted(state.queued, 'run')} of queue {state.name} wait, the oldest for "
+            f"{counted(state.queued, 'run')} of queue {state.name} "
+            f"{'waits' if state.queued == 1 else 'wait'}, the oldest for "
             f"{age_s:.0f} s",
             missing_for(probe, state.name),
         )

@@ -205,6 +205,30 @@ def test_workers_are_counted_by_what_they_consume(beatless: Kit, beatless_app: A
     assert rows == [("d",)]
 
 
+def test_explain_says_whether_a_worker_consumes_the_queue_of_a_run_that_was_sent(
+    beatless: Kit, beatless_app: App
+) -> None:
+    statements = QueueStatements(beatless_app.settings.schema)
+    run = beatless.start_run("two_steps", queue="q")
+
+    def told() -> str:
+        return " ".join(moment.text for moment in beatless.client.explain(run.run_id))
+
+    assert "no worker has claimed it" not in told()
+    beatless.drain_outbox_once()
+    assert "no worker has claimed it yet: none tells that it consumes the queue q" in told()
+    assert "start `beatless worker --queues q`" in told()
+    for name, queues in (("a", ["other"]), ("b", ["q"]), ("c", ["q", "other"])):
+        with beatless_app.engine.begin() as connection:
+            presence = Presence(
+                worker=name, hostname="here", queues=queues, processes=1, version="1"
+            )
+            statements.announce(connection, presence)
+        if name == "b":
+            assert "claimed it yet: the worker of the queue q had no process free, or" in told()
+    assert "claimed it yet: the 2 workers of the queue q had no process free, or" in told()
+
+
 @pytest.mark.long
 def test_workers_that_consume_a_queue_are_counted_while_they_are_idle(beatless: Kit) -> None:
     workers = [beatless.worker_process("tests.plans:app") for _ in range(2)]
