@@ -163,6 +163,13 @@ def _driver(engine: sqlalchemy.Engine, *, autocommit: bool) -> Iterator[psycopg.
         pooled.close()
 
 
+def first_line(error: BaseException) -> str:
+    """What the driver says in one line: SQLAlchemy adds the statement and its parameters."""
+    cause = error.orig if isinstance(error, exc.DBAPIError) else error
+    lines = str(cause).strip().splitlines()
+    return lines[0] if lines else type(cause).__name__
+
+
 @contextmanager
 def reaching_postgres(schema: str, engine: sqlalchemy.Engine | None = None) -> Iterator[None]:
     """Turn the errors of an absent server or schema into ours, which have advice.
@@ -173,7 +180,7 @@ def reaching_postgres(schema: str, engine: sqlalchemy.Engine | None = None) -> I
         yield
     except (exc.OperationalError, psycopg.OperationalError) as error:
         cause = error.orig if isinstance(error, exc.DBAPIError) else error
-        reason = str(cause).strip().splitlines()[0]
+        reason = first_line(error)
         if isinstance(cause, ENDED):
             raise StatementTimeout(reason) from error
         raise Unreachable("Postgres", reason) from error
@@ -208,7 +215,7 @@ def on_a_given_connection(schema: str, engine: sqlalchemy.Engine) -> Iterator[No
         if isinstance(cause, ABSENT):
             raise SchemaBehind(schema, _found(schema, engine), head(), given=True) from error
         if isinstance(cause, psycopg.errors.SerializationFailure) or _is_unseen(cause, schema):
-            raise TransactionConflict(str(cause).strip().splitlines()[0]) from error
+            raise TransactionConflict(first_line(error)) from error
         raise
 
 

@@ -15,7 +15,7 @@ from beatless import loopback
 from beatless.api.problems import Problem
 from beatless.auth import EVERYTHING, Grant, Tokens
 from beatless.outbox.clock import monotonic
-from beatless.transactions import reaching_postgres
+from beatless.transactions import first_line, reaching_postgres
 
 logger = logging.getLogger(__name__)
 
@@ -168,7 +168,7 @@ class Gate:
                 except (exc.DBAPIError, exc.TimeoutError) as error:
                     logger.warning(
                         "tokens cannot be read",
-                        extra={"action": "tokens_unknown", "reason": str(error)},
+                        extra={"action": "tokens_unknown", "reason": first_line(error)},
                     )
                 self._check_at = monotonic() + TOKEN_CHECK_S
             return self._guarded

@@ -13,6 +13,7 @@ import uvicorn
 
 from beatless.auth import Grant, Tokens
 from beatless.outbox.clock import monotonic
+from beatless.transactions import first_line
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +88,7 @@ class OpenStreams:
             # Any error: they end with their rotation at the latest.
             logger.warning(
                 "tokens of open streams cannot be read, will retry",
-                extra={"action": "token_check_failed", "reason": str(error)},
+                extra={"action": "token_check_failed", "reason": first_line(error)},
             )
             return
         for stream in streams:

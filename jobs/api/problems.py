@@ -17,6 +17,7 @@ from beatless.errors import JobsError, Unreachable
 from beatless.orchestrator.errors import EventsPruned, OrchestratorError
 from beatless.orchestrator.events import NESTING
 from beatless.problem import MEDIA_TYPE, RETRY_AFTER, STATUSES, TRY_AGAIN, answer_to
+from beatless.transactions import first_line
 
 logger = logging.getLogger(__name__)
 
@@ -146,7 +147,7 @@ def install(api: FastAPI) -> None:
         return document(HTTPStatus.UNPROCESSABLE_ENTITY, "; ".join(problems))
 
     def away(request: Request, error: Exception) -> Response:
-        return ours(request, Unreachable("Postgres", str(error)))
+        return ours(request, Unreachable("Postgres", first_line(error)))
 
     def unexpected(_request: Request, _error: Exception) -> Response:
         # The server logs it with its traceback.

@@ -13,6 +13,7 @@ from beatless.app import App
 from beatless.errors import SchemaBehind
 from beatless.outbox.clock import monotonic
 from beatless.outbox.queries import execute
+from beatless.transactions import first_line
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +57,7 @@ class Readiness:
                 standby = execute(connection, "SELECT pg_is_in_recovery()", {})[0][0]
         except (exc.DBAPIError, exc.TimeoutError, SchemaBehind) as error:
             # Open to all callers: addresses of servers stay in the log.
-            logger.warning("not ready", extra={"action": "not_ready", "reason": str(error)})
+            logger.warning("not ready", extra={"action": "not_ready", "reason": first_line(error)})
             reason = str(error) if isinstance(error, SchemaBehind) else "Postgres cannot be reached"
             return JSONResponse({"status": "unavailable", "reason": reason}, status_code=503)
         if standby:

@@ -15,6 +15,7 @@ from beatless.orchestrator.queues import PRESENCE_INTERVAL_S, Presence, QueueSta
 from beatless.outbox import forks
 from beatless.outbox.threads import LastingThread
 from beatless.settings import Settings
+from beatless.transactions import first_line
 from beatless.worker.executors import Executors
 
 logger = logging.getLogger("beatless.worker")
@@ -102,5 +103,5 @@ class PresenceReport(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery h
             thread.failed()
             logger.warning(
                 "the worker could not announce its queues",
-                extra={"action": "announcement_failed", "reason": str(error)},
+                extra={"action": "announcement_failed", "reason": first_line(error)},
             )
