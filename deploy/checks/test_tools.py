@@ -36,7 +36,8 @@ def passes(*command: str, **options: Any) -> str:
 
 def test_promtool_takes_the_files_and_the_alerts_come_when_they_should() -> None:
     folder = DEPLOY / "prometheus"
-    passes("promtool", "check", "config", "prometheus.yml", cwd=folder)
+    for name in ("prometheus.yml", "prometheus-systemd.yml"):
+        passes("promtool", "check", "config", name, cwd=folder)
     passes("promtool", "test", "rules", "alerts.test.yml", cwd=folder)
 
 

@@ -314,6 +314,18 @@ def test_units_are_confined_watched_and_take_their_arguments(file: Path) -> None
     assert service["CapabilityBoundingSet"] == ""
 
 
+def test_prometheus_finds_the_ports_of_the_units() -> None:
+    config = yaml.safe_load((DEPLOY / "prometheus" / "prometheus-systemd.yml").read_text())
+    for job in config["scrape_configs"]:
+        (target,) = job["static_configs"][0]["targets"]
+        unit = (DEPLOY / "systemd" / f"{job['job_name']}.service").read_text()
+        assert re.search(rf"-port {target.removeprefix('127.0.0.1:')}$", unit, re.MULTILINE)
+    compose = yaml.safe_load((DEPLOY / "prometheus" / "prometheus.yml").read_text())
+    names = [[job["job_name"] for job in each["scrape_configs"]] for each in (config, compose)]
+    assert names[0] == names[1]
+    assert config["rule_files"] == compose["rule_files"]
+
+
 def test_each_role_has_a_unit_and_a_manifest() -> None:
     roles = {"api", "flower", "migrate", "relay", "worker"}
     units = {file.stem.removeprefix("beatless-") for file in (DEPLOY / "systemd").iterdir()}
