@@ -64,13 +64,11 @@ def lines_of(app: Any, named: str) -> Iterator[str]:
     yield f"from beatless import {', '.join(used)}"
     for (owner, name), alias in sorted(imports.items()):
         yield f"from {owner} import {name}{f' as {alias}' if alias != name else ''}"
-    if lost := [task.name for task in tasks if not task.acks_late]:
-        yield ""
-        yield "# With acks_late off Celery loses a task with its worker; a step is called again."
-        yield f"# New for these: {', '.join(lost)}"
     yield ""
-    yield "# Every task here must bear to be called again after its effect, by `self.request.id`,"
-    yield "# which stays the same, for example; what a body does cannot be seen here."
+    yield "# A step is called again if its worker dies: each task must bear that, for example by"
+    yield "# `self.request.id`, which stays the same. What a body does cannot be seen here."
+    if lost := [task.name for task in tasks if not task.acks_late]:
+        yield f"# With acks_late off Celery did not call these again: {', '.join(lost)}"
     yield from body
     yield ""
     yield f"PLANS = [{', '.join(plans)}]"
