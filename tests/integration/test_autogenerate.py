@@ -1,6 +1,7 @@
 """Alembic's autogenerate of a project beside ours."""
 
 import re
+import subprocess
 import sys
 import uuid
 from collections.abc import Iterator
@@ -146,3 +147,16 @@ def test_the_env_py_of_the_page_writes_and_runs_the_migrations_of_the_project_al
         assert sorted(inspect(engine).get_table_names()) == ["alembic_version", "orders"]
         assert set(inspect(engine).get_table_names(schema="beatless")) >= OURS
     engine.dispose()
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store" / "config.py").write_text(f"DATABASE_URL = {database_url!r}\n")
+    (tmp_path / "store" / "db.py").write_text(
+        "from sqlalchemy.orm import DeclarativeBase\n\n\nclass Base(DeclarativeBase):\n    pass\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "alembic", "downgrade", "base"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Running downgrade" in done.stderr

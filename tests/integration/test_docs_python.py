@@ -250,4 +250,4 @@ def test_the_recipes_for_a_service_with_an_engine_of_its_own_work(
         timeout=600,
     )
     assert len(names) == 7
-    done.assert_outcomes(passed=2)
+    done.assert_outcomes(passed=3)
