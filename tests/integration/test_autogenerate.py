@@ -109,6 +109,7 @@ def database_url(beatless_app: App) -> Iterator[str]:
         connection.execute(f"DROP DATABASE {name} WITH (FORCE)".encode())
 
 
+@pytest.mark.slow
 def test_the_env_py_of_the_page_writes_and_runs_the_migrations_of_the_project_alone(
     database_url: str,
     tmp_path: Path,
