@@ -154,9 +154,8 @@ class Executor:
         self.goes_on_until = 0.0
         """Until when the end of a run that has waited for a slot claims the next one of its queue,
         by the monotonic clock."""
-        self.waiting_plans = frozenset(name for name, plan in plans.items() if has_waits(plan))
         self.behind_until = 0.0
-        """The same of a run of a plan that waits, in a backlog."""
+        """The same of a run that has waited for a worker, and that is executed alone."""
         self.body_s = 0.0
         """Seconds of bodies, without their traces and looks for a cancel, which no group spares."""
         self.loop = loop or LoopThread(observer=observer)
@@ -276,7 +275,7 @@ class Executor:
             first_steps={
                 name: self.first_step(plan)
                 for name, plan in self.plans.items()
-                if ended.let_in or name in self.waiting_plans
+                if ended.let_in or not self.pace.suits_groups(plan)
             },
             redispatch_s=self.redispatch_s,
         )
@@ -377,8 +376,7 @@ class RunDriver:
             redispatch_s=executor.redispatch_s,
         )
         self._bodies = Bodies(lease, executor.beside, executor.leaving)
-        backlog = lease.waited is not None and lease.waited > BACKLOG_S
-        self._has_next = lease.let_in or (backlog and plan.name in executor.waiting_plans)
+        self._has_next = lease.let_in or (lease.waited is not None and lease.waited > BACKLOG_S)
         """Whether others may wait for a slot that its end frees, or for a worker."""
 
     def turns(self) -> Turns:
@@ -483,10 +481,16 @@ class RunDriver:
 
     @property
     def _has_time(self) -> bool:
-        """Whether another run is claimed with the end of this one."""
+        """Whether another run is claimed with the end of this one.
+
+        Not behind one of short steps, whose messages bring others, which are executed in a group.
+        """
         executor = self._executor
-        until = executor.goes_on_until if self._lease.let_in else executor.behind_until
-        return monotonic() < until and not executor.stopping.is_set()
+        if executor.stopping.is_set():
+            return False
+        if self._lease.let_in:
+            return monotonic() < executor.goes_on_until
+        return monotonic() < executor.behind_until and not executor.pace.suits_groups(self._plan)
 
     def _attempt(
         self, requests: Requests, request: RunBody, traceparent: str | None

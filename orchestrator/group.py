@@ -391,7 +391,8 @@ class GroupExecutor:
     ) -> None:
         """`max_runs` is how many runs a group has at most, and `plans` may be in one.
 
-        `goes_on`: ends of runs that have waited for a slot claim the next ones, for `GOES_ON_S`.
+        `goes_on`: ends of runs that have waited for a slot claim the next ones, for `GOES_ON_S`; of
+        runs that have waited for a worker, if a message may bring more than one, for `BEHIND_S`.
         `own_work` is as of `Group`. Guard and turnstile are those of the process.
         """
         self.executor = executor
@@ -414,7 +415,8 @@ class GroupExecutor:
         in_backlog = now < self._lull_at
         self._lull_at = 0.0
         self.executor.goes_on_until = now + GOES_ON_S if self._goes_on else 0.0
-        self.executor.behind_until = now + BEHIND_S if self._goes_on else 0.0
+        behind = self._goes_on and self._max_runs > 1
+        self.executor.behind_until = now + BEHIND_S if behind else 0.0
         try:
             return self._execute(plan, run_id, dispatch, in_backlog=in_backlog)
         finally:

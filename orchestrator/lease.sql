@@ -275,8 +275,8 @@ WITH own AS (
 ), {claimed_next}
 
 -- name: claim_behind
--- Take the lease of a run of a plan that waits, which comes next in the queue of one that its worker
--- has ended or parked.
+-- Take the lease of the run without limits that comes next in the queue of one that its worker has ended
+-- or parked.
 -- It comes without a message: whoever asks has had one, and takes the next one before long.
 WITH own AS (
   SELECT r.queue, true AS fresh FROM {schema}.runs r

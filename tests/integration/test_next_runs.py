@@ -18,6 +18,7 @@ from beatless.orchestrator import lease as leases
 from beatless.orchestrator.children import CancelsChildren
 from beatless.orchestrator.lease import Connection, Lease, Leases
 from beatless.orchestrator.observer import Claimed
+from beatless.orchestrator.pace import Pace
 from beatless.orchestrator.wakes import Wakes
 from beatless.outbox.message import SHARDS
 from beatless.outbox.observer import Signal
@@ -592,7 +593,7 @@ def test_two_workers_that_end_at_once_claim_different_runs(
     others[1].worker.executor.disconnect()
 
 
-# Without limits: runs of plans that wait
+# Without limits: runs that are executed alone
 
 
 @pytest.fixture
@@ -610,17 +611,43 @@ def told(kit: Kit, number: int, **options: Any) -> list[str]:
     return runs
 
 
+class Long(Pace):
+    """Every step is long but those of these plans."""
+
+    def __init__(self, *short: str) -> None:
+        super().__init__()
+        self._short = short
+
+    def suits_groups(self, plan: Plan) -> bool:
+        return plan.name in self._short
+
+
 @pytest.mark.usefixtures("backlog")
-def test_in_a_backlog_runs_of_a_plan_that_waits_follow_each_other_without_a_message(
+def test_in_a_backlog_runs_of_long_steps_follow_each_other_without_a_message(
     beatless: Kit, worker: Worker
 ) -> None:
-    free = beatless.start_run("free").run_id
+    worker.worker.executor.pace = Long()
+    runs = [beatless.start_run("free").run_id for _ in range(3)]
+    urgent = beatless.start_run("free", priority=9).run_id
+
+    assert worker.deliver(runs[0]) == [runs[0], urgent, *runs[1:]]
+
+    assert [runs[0], urgent, *runs[1:]] == BODIES
+    beatless.verify()
+
+
+@pytest.mark.usefixtures("backlog")
+def test_no_run_of_short_steps_follows_for_a_message_brings_others_with_it(
+    beatless: Kit, worker: Worker
+) -> None:
+    worker.worker.executor.pace = Long("free")
+    free = [beatless.start_run("free").run_id for _ in range(3)]
     runs = told(beatless, 3)
 
+    assert worker.deliver(free[0]) == free[:1]
     assert worker.deliver(runs[0]) == runs
 
-    assert runs == BODIES
-    assert beatless.client.get_run(free).state is RunState.QUEUED
+    assert [free[0], *runs] == BODIES
     beatless.work_until_idle()
     beatless.verify()
 
@@ -656,7 +683,7 @@ def test_runs_follow_one_that_was_parked(beatless: Kit, worker: Worker) -> None:
     beatless.verify()
 
 
-def test_without_a_backlog_no_run_of_a_plan_that_waits_follows_another(
+def test_without_a_backlog_no_run_follows_another(
     beatless: Kit, worker: Worker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(executors, "BACKLOG_S", 600.0)
@@ -666,8 +693,10 @@ def test_without_a_backlog_no_run_of_a_plan_that_waits_follows_another(
 
 
 @pytest.mark.usefixtures("backlog")
-@pytest.mark.parametrize("why", ["paused", "held", "limited", "its time is over", "stopping"])
-def test_no_run_of_a_plan_that_waits_follows_which(
+@pytest.mark.parametrize(
+    "why", ["paused", "held", "limited", "its time is over", "stopping", "each has a message"]
+)
+def test_no_run_follows_which(
     beatless: Kit,
     worker: Worker,
     postgres: psycopg.Connection,
@@ -680,6 +709,8 @@ def test_no_run_of_a_plan_that_waits_follows_which(
     other = beatless.start_run("function").run_id if why == "limited" else told(beatless, 1)[0]
     if why == "its time is over":
         monkeypatch.setattr(groups, "BEHIND_S", 0.0)
+    if why == "each has a message":
+        monkeypatch.setattr(worker.worker, "_max_runs", 1)
     executor = worker.worker.executor
     executor.stopping = type(executor.stopping)()  # of this worker, and of no other
 
