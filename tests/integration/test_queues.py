@@ -224,6 +224,8 @@ def test_explain_says_whether_a_worker_consumes_the_queue_of_a_run_that_was_sent
                 worker=name, hostname="here", queues=queues, processes=1, version="1"
             )
             statements.announce(connection, presence)
+            seen = "seen_at = clock_timestamp() + interval '1 hour'"  # however long this test takes
+            execute(connection, f"UPDATE {beatless_app.settings.schema}.workers SET {seen}", {})
         if name == "b":
             assert "claimed it yet: the worker of the queue q had no process free, or" in told()
     assert "claimed it yet: the 2 workers of the queue q had no process free, or" in told()
