@@ -275,22 +275,26 @@ WITH own AS (
 ), {claimed_next}
 
 -- name: claim_behind
--- Take the lease of the run without limits that comes next in the queue of one that its worker has ended
--- or parked.
--- It comes without a message: whoever asks has had one, and takes the next one before long.
+-- Take the lease of the run that comes next in the queue of one that its worker has ended or parked.
+-- It comes without a message: whoever asks has had one, and takes the next one before long. One with limits
+-- takes its slots as in `claim_next`, and waits for its message where one is full. One that was let in is left
+-- to that, as there.
 WITH own AS (
   SELECT r.queue, true AS fresh FROM {schema}.runs r
    WHERE r.run_id = %(run_id)s AND r.lease_token = %(token)s AND r.state <> 'running'
 ), lane AS (
   {first_lane}
 ), taken AS (
+  SELECT * FROM (
   SELECT r.*, d.shard, (%(firsts)s::text[])[array_position(%(plans)s::text[], d.task)] AS first
     FROM ({first_waiting}) d
    CROSS JOIN LATERAL (
-     SELECT r.run_id, r.not_before AS was_due FROM {schema}.runs r
-      WHERE {claimable} AND r.limits IS NULL
+     SELECT r.run_id, r.not_before AS was_due, r.limits IS NOT NULL AS limited
+       FROM {schema}.runs r
+      WHERE {claimable} AND d.reason <> 'slot'
       LIMIT 1 FOR NO KEY UPDATE OF r SKIP LOCKED) r
-   LIMIT 1
+   LIMIT 1) f
+   WHERE NOT limited OR {schema}.take_slots(run_id)
 ), {claimed_next}
 
 -- name: find_following

@@ -637,6 +637,24 @@ def test_in_a_backlog_runs_of_long_steps_follow_each_other_without_a_message(
 
 
 @pytest.mark.usefixtures("backlog")
+def test_runs_with_limits_follow_each_other_while_there_are_slots(
+    beatless: Kit, worker: Worker, postgres: psycopg.Connection
+) -> None:
+    """They have not waited for a slot, so the end of one lets no other in."""
+    worker.worker.executor.pace = Long()
+    held: list[list[str]] = []
+    ACTS["look"] = lambda _: held.append(slots(postgres))
+    plans = ("two", "free", "two", "function")
+    runs = [beatless.start_run(name, input="look").run_id for name in plans]
+
+    assert worker.deliver(runs[0]) == runs
+
+    assert held == [[runs[0]], [], [runs[2]], [runs[3]]]
+    assert_idle(postgres)
+    beatless.verify()
+
+
+@pytest.mark.usefixtures("backlog")
 def test_no_run_of_short_steps_follows_for_a_message_brings_others_with_it(
     beatless: Kit, worker: Worker
 ) -> None:
@@ -706,7 +724,12 @@ def test_no_run_follows_which(
 ) -> None:
     caplog.set_level(logging.INFO)
     runs = told(beatless, 1)
-    other = beatless.start_run("function").run_id if why == "limited" else told(beatless, 1)[0]
+    if why == "limited":
+        holder, other = (beatless.start_run("two").run_id for _ in range(2))
+        assert beatless.executor().claim(beatless.app.plans["two"], holder, 1)
+        beatless.client.set_limit("two", 1)
+    else:
+        (other,) = told(beatless, 1)
     if why == "its time is over":
         monkeypatch.setattr(groups, "BEHIND_S", 0.0)
     if why == "each has a message":
