@@ -4,7 +4,7 @@ Whoever sends one only inserts. Whoever holds the run's lease takes them in, as 
 the journal of a run has one writer, and no open transaction of a sender holds the run's row.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -127,6 +127,25 @@ class Inbox:
         It sees those that were committed until then: the claim has waited for the run's row.
         """
         connection.execute(self._sql["take_in"], _of_lease(run_id, token))
+
+    def behind_lock(
+        self,
+        connection: psycopg.Connection[Any],
+        run_id: str,
+        token: int,
+        _: Caller,
+        statement: str,
+        parameters: Mapping[str, Any],
+    ) -> list[Any]:
+        """The rows of a statement behind the lock of a run under its lease, in one commit.
+
+        It sees all signals that are committed until then. If it had waited for the row itself it
+        would not, and a relay may have left those of meanwhile to the worker, which has the run.
+        """
+        with connection.pipeline():  # one transaction, on an autocommit connection
+            connection.execute(self._sql["lock"], _of_lease(run_id, token))
+            rows = connection.execute(statement, parameters)
+        return rows.fetchall()
 
     def take_in(
         self,

@@ -151,8 +151,7 @@ class LeasedWriter(SureWriter):
         signal that is committed later finds the boundary, and so does the end of a child. With
         `waits`, the seqs of open waits, the run is due when the first of them ends. With `tends`
         children of calls are started as there are places, and the run is parked until some need
-        it. A run that `sleeps` is parked by one statement if that sees no signal: one which comes
-        while it waits for the row is for later, and is taken in by then. Raises LeaseLost.
+        it. A run that `sleeps` is parked in one round trip if it has no signal. Raises LeaseLost.
         """
         needed: Needed | None = None
         told_seq, chosen = self._told_seq, settlement
@@ -194,9 +193,10 @@ class LeasedWriter(SureWriter):
         if self._lease.limited_step:
             return None
         run_id, token, after = self._run_id, self._lease.token, self._last_seq
+        send = partial(self._leases.inbox.behind_lock, connection, run_id, token)
         with self._statement(connection):
             return self._journal.settle(
-                connection, run_id, token, settlement, after, if_unsignalled=True
+                connection, run_id, token, settlement, after, send=send, if_unsignalled=True
             )
 
     def settle_with_children(self, settlement: Settlement, runs: Sequence[NewRun]) -> Appended:

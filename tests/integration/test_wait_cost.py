@@ -1,6 +1,8 @@
 """What a wait costs a worker and a relay: statements and round trips, counted on the wire."""
 
+import threading
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -9,14 +11,18 @@ import pytest
 
 from beatless import Plan, RunContext, StepContext, plan, sleep, step, wait
 from beatless.orchestrator import function_execution
+from beatless.orchestrator.children import CancelsChildren
 from beatless.orchestrator.function_boundaries import MAX_TAKEOVERS
 from beatless.orchestrator.journal import Journal
 from beatless.orchestrator.read_ahead import ReadAhead
+from beatless.orchestrator.wakes import Wakes
 from beatless.outbox.async_publisher import Batch
 from beatless.outbox.drain import Drain
-from beatless.outbox.faults import SimulatedCrash
+from beatless.outbox.faults import CrashPoints, SimulatedCrash
+from beatless.outbox.message import SHARDS
 from beatless.outbox.task_lane import TaskLane
 from beatless.testing import Kit
+from tests.integration.test_races import until as until_blocked
 from tests.integration.test_run_cost import Costs, costs
 
 __all__ = ["costs"]
@@ -84,12 +90,12 @@ def measured(kit: Kit, costs: Costs, name: str) -> tuple[Counter[str], Counter[s
 
 
 @pytest.mark.parametrize(("name", "reads"), [("naps", 0), ("naps_in_list", 1)])
-def test_a_sleep_is_one_statement_behind_its_claim(
+def test_a_sleep_is_one_round_trip_behind_its_claim(
     beatless: Kit, costs: Costs, name: str, reads: int
 ) -> None:
     """A run of a list reads its journal where its claim begins no step."""
     parking, going_on = measured(beatless, costs, name)
-    assert parking == Counter(statements=3 + reads, answers=2 + reads)
+    assert parking == Counter(statements=4 + reads, answers=2 + reads)
     assert going_on == Counter(statements=6, answers=3)
 
 
@@ -192,6 +198,46 @@ def test_a_signal_that_came_before_a_sleep_is_in_the_journal_before_it_ends(
     beatless.work_until_idle()
     assert beatless.client.get_run(run.run_id).result == "begun"
     beatless.verify()
+
+
+@pytest.mark.parametrize("name", ["naps", "naps_in_list"])
+def test_a_signal_that_comes_while_a_run_waits_for_its_row_to_sleep_is_in_the_journal(
+    beatless: Kit, postgres: psycopg.Connection, name: str
+) -> None:
+    """A relay that looks meanwhile leaves it to the worker, which has the run until then."""
+    run = beatless.start_run(name)
+    claimed, held = threading.Event(), threading.Event()
+
+    class Gate(CrashPoints):
+        def reach(self, point: str) -> None:
+            if point == "wait.before":
+                claimed.set()
+                assert held.wait(60)
+
+    executor = beatless.executor()
+    executor.faults = Gate()
+    relay = postgres
+    with ThreadPoolExecutor(1) as pool, beatless.app.direct_connection() as look:
+        worker = pool.submit(execute, beatless, run.run_id, 1)
+        try:
+            assert claimed.wait(60)
+            with relay.transaction():
+                relay.execute("SELECT FROM runs WHERE run_id = %s FOR UPDATE", (run.run_id,))
+                held.set()
+                until_blocked(look, blocked_by=relay.info.backend_pid)
+                beatless.signal(run.run_id, "go")
+                cancels = CancelsChildren(beatless.app.journal, {})
+                Wakes(beatless.app.settings.schema, cancels).wake(relay, range(SHARDS))
+        finally:
+            held.set()
+        worker.result(60)
+    executor.faults = CrashPoints()
+    assert beatless.client.get_run(run.run_id).state == "waiting"
+    assert "SignalReceived" in beatless.event_types(run.run_id)
+    beatless.verify()
+    beatless.advance(HOUR_S)
+    beatless.work_until_idle()
+    assert beatless.client.get_run(run.run_id).result == "begun"
 
 
 @pytest.mark.parametrize("name", ["hears", "hears_in_list"])
