@@ -22,7 +22,7 @@ class Claim:
     """The first page of its journal is read with it: see `Ahead`."""
 
 
-UNREAD = (psycopg.DataError, psycopg.errors.ProgramLimitExceeded)
+UNREAD = (psycopg.DataError, psycopg.IntegrityError, psycopg.errors.ProgramLimitExceeded)
 """Errors of what only SQL can have written to a run: its execution meets them, not its claim."""
 
 Ahead = Callable[[psycopg.Connection[Any], str, int], Callable[[], Sequence[Any]]]

@@ -258,20 +258,27 @@ def test_a_signal_that_is_there_as_a_run_would_begin_its_wait_ends_it(
     beatless.verify()
 
 
+@pytest.mark.parametrize("counted", [True, False])
 def test_a_claim_takes_a_run_whose_journal_it_cannot_read(
-    beatless: Kit, postgres: psycopg.Connection
+    beatless: Kit, postgres: psycopg.Connection, counted: bool
 ) -> None:
-    """As only SQL can have written it: who executes the run meets the error, and says so."""
+    """As only SQL can have written it: who executes the run meets the error, and says so.
+
+    Its row may not know of its last event: no signal is to be taken in then.
+    """
     run = beatless.start_run("naps")
     beatless.work_until_idle()
     beatless.advance(HOUR_S)
-    restarted = '{"signals_from": "no number"}'
+    restarted = '{"signals_from": "no number"}' if counted else '{"signals_from": 1}'
     postgres.execute(
         "INSERT INTO run_events (run_id, seq, ts, type, source, data)"
         " SELECT run_id, last_seq + 1, now(), 'RunRestarted', 'worker', %s FROM runs",
         (restarted,),
     )
-    postgres.execute("UPDATE runs SET last_seq = last_seq + 1")
+    if counted:
+        postgres.execute("UPDATE runs SET last_seq = last_seq + 1")
+    else:
+        beatless.signal(run.run_id, "go")
     app = beatless.app
     with app.direct_connection() as connection:
         lease = app.leases.claim(
