@@ -31,7 +31,7 @@ from beatless.orchestrator.executions import requests_of
 from beatless.orchestrator.heartbeat import Heartbeat
 from beatless.orchestrator.journal import Journal
 from beatless.orchestrator.lease import Connection, Lease, Leases
-from beatless.orchestrator.limited_writer import LimitedWriter
+from beatless.orchestrator.limited_writer import LimitedWriter, log_unclaimed
 from beatless.orchestrator.loop_thread import LoopThread, Together
 from beatless.orchestrator.observer import Claimed, NotClaimed, StepCommitted, TakenOver
 from beatless.orchestrator.output_thread import OutputThread
@@ -253,7 +253,10 @@ class Executor:
             ended = lease
 
     def claim_behind(self, parked: Lease) -> Lease | None:
-        """The lease of the run that comes next in the queue of one that was parked."""
+        """The lease of the run that comes next in the queue of one that was parked.
+
+        None also if the claim fails: that is no fault of the run that was parked.
+        """
 
         def claim(connection: Connection) -> Lease | None:
             try:
@@ -264,7 +267,12 @@ class Executor:
                 return None
             return claimed()
 
-        return self.claimed(claim)
+        try:
+            return self.claimed(claim)
+        except psycopg.Error as error:
+            self.disconnect()  # which of its statements are prepared is not known
+            log_unclaimed(parked.run.run_id, error)
+            return None
 
     def claim_next(self, connection: Connection, ended: Lease) -> Callable[[], Lease | None]:
         """See `Leases.claim_next`."""

@@ -35,6 +35,14 @@ def _is_idle(connection: Connection) -> bool:
     )
 
 
+def log_unclaimed(run_id: str, error: psycopg.Error) -> None:
+    """Say why no run was claimed behind this one."""
+    logger.info(
+        "no run was claimed with the end of another: it comes with its message",
+        extra={"action": "claim_next_failed", "run_id": run_id, "reason": str(error)},
+    )
+
+
 def no_lease() -> Lease | None:
     """The answer to a claim that was not made."""
     return None
@@ -79,7 +87,7 @@ class LimitedWriter(LeasedWriter):
                 except psycopg.Error as error:
                     if connection.closed:
                         raise
-                    self._log_unclaimed(error)
+                    log_unclaimed(self._run_id, error)
                     if error.sqlstate is None or not _is_idle(connection):
                         # psycopg's own error, with which it loses count of the answers of a
                         # pipeline: Postgres may have committed it.
@@ -107,16 +115,6 @@ class LimitedWriter(LeasedWriter):
         self._on_commit(settlement, appended)
         self._take_in(appended)
         return appended
-
-    def _log_unclaimed(self, error: psycopg.Error) -> None:
-        logger.info(
-            "no run was claimed with the end of another: it comes with its message",
-            extra={
-                "action": "claim_next_failed",
-                "run_id": self._run_id,
-                "reason": str(error),
-            },
-        )
 
     def _with_claim(
         self, connection: Connection, settlement: Settlement, claim: ClaimNext

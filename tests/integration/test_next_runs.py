@@ -701,6 +701,36 @@ def test_runs_follow_one_that_was_parked(beatless: Kit, worker: Worker) -> None:
     beatless.verify()
 
 
+@pytest.mark.usefixtures("backlog")
+def test_a_run_that_cannot_be_claimed_behind_one_that_was_parked_fails_nothing(
+    beatless: Kit,
+    worker: Worker,
+    postgres: psycopg.Connection,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO)
+    run = beatless.start_run("waits").run_id
+    (other,) = told(beatless, 1)
+    postgres.execute(
+        "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql"
+        " AS $$ BEGIN RAISE EXCEPTION 'refused'; END $$"
+    )
+    postgres.execute(
+        "CREATE TRIGGER refuse BEFORE UPDATE ON runs FOR EACH ROW"
+        f" WHEN (NEW.run_id = '{other}' AND NEW.state = 'running') EXECUTE FUNCTION refuse()"
+    )
+
+    assert worker.deliver(run) == [run]
+
+    actions = [getattr(record, "action", None) for record in caplog.records]
+    assert actions.count("claim_next_failed") == 1
+    assert beatless.client.get_run(run).state is RunState.WAITING
+    postgres.execute("DROP FUNCTION refuse CASCADE")
+    beatless.work_until_idle()
+    assert [other] == BODIES
+    beatless.verify()
+
+
 def test_without_a_backlog_no_run_follows_another(
     beatless: Kit, worker: Worker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
