@@ -277,7 +277,8 @@ class Leases:
         In the pipeline and the transaction of that end; asks for the answer once these have ended.
         Of the plans in `first_steps`, which gives the first step of each, if it begins with one.
         None with limits, for a run that was let in, while a message has waited for `MOMENT_S` for
-        a worker of that queue: what was sent just now is due again after `redispatch_s`.
+        a worker of that queue: what was sent just now is due again after `redispatch_s`. For others
+        that of another queue of such a worker.
         """
         ended.following_token = new_token()
         connection.execute(

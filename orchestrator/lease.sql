@@ -215,6 +215,15 @@ WITH own AS (
 )
 SELECT {claimed_columns}, true, {each_doorbell} FROM u AS r ORDER BY i
 
+-- fragment: queues_beside
+-- The queues that the workers have which have that of a run `r`.
+ARRAY(SELECT unnest(w.queues) FROM {schema}.workers w
+       WHERE r.queue = ANY(w.queues) AND w.seen_at > now() - interval '{presence_expires_s} s')
+
+-- fragment: has_waited
+-- Whether the message of a dispatch `s` was not sent just now.
+extract(epoch FROM s.due_at - clock_timestamp()) NOT BETWEEN %(just_sent)s AND %(redispatch)s
+
 -- fragment: claimed_next
 -- Take the lease of the run that a table `taken` has, whose message was not sent.
 u AS (
@@ -252,12 +261,8 @@ WITH own AS (
   SELECT queue, true AS fresh FROM {schema}.runs r
    WHERE r.run_id = %(run_id)s AND r.lease_token = %(token)s AND finished_at IS NOT NULL
      AND NOT EXISTS (SELECT FROM {schema}.dispatches s
-       WHERE s.state = 'sent' AND s.reason <> 'slot'
-         AND s.queue = ANY(r.queue || ARRAY(SELECT unnest(w.queues) FROM {schema}.workers w
-               WHERE r.queue = ANY(w.queues)
-                 AND w.seen_at > now() - interval '{presence_expires_s} s'))
-         AND extract(epoch FROM s.due_at - clock_timestamp())
-             NOT BETWEEN %(just_sent)s AND %(redispatch)s)
+       WHERE s.state = 'sent' AND s.reason <> 'slot' AND s.queue = ANY(r.queue || {queues_beside})
+         AND {has_waited})
 ), lane AS (
   {first_lane}
 ), taken AS (
@@ -276,12 +281,16 @@ WITH own AS (
 
 -- name: claim_behind
 -- Take the lease of the run that comes next in the queue of one that its worker has ended or parked.
--- It comes without a message: whoever asks has had one, and takes the next one before long. One with limits
--- takes its slots as in `claim_next`, and waits for its message where one is full. One that was let in is left
--- to that, as there.
+-- It comes without a message: whoever asks has had one, and takes the next one before long. None comes
+-- so while a message of another queue of its workers has waited: the weights of these would not hold.
+-- One with limits takes its slots as in `claim_next`, and waits for its message where one is full. One that was
+-- let in is left to that, as there.
 WITH own AS (
   SELECT r.queue, true AS fresh FROM {schema}.runs r
    WHERE r.run_id = %(run_id)s AND r.lease_token = %(token)s AND r.state <> 'running'
+     AND NOT EXISTS (SELECT FROM {schema}.dispatches s
+       WHERE s.state = 'sent' AND s.queue = ANY(array_remove({queues_beside}, r.queue))
+         AND {has_waited})
 ), lane AS (
   {first_lane}
 ), taken AS (

@@ -702,6 +702,34 @@ def test_runs_follow_one_that_was_parked(beatless: Kit, worker: Worker) -> None:
 
 
 @pytest.mark.usefixtures("backlog")
+@pytest.mark.parametrize(("queue", "goes_on"), [("default", True), ("other", False)])
+def test_in_a_backlog_messages_of_another_queue_of_the_worker_come_first(
+    beatless: Kit,
+    worker: Worker,
+    postgres: psycopg.Connection,
+    monkeypatch: pytest.MonkeyPatch,
+    queue: str,
+    goes_on: bool,
+) -> None:
+    """Those of the queue itself wait in each backlog."""
+    monkeypatch.setattr(leases, "MOMENT_S", 900.0)
+    worker.worker.executor.redispatch_s = 1000.0
+    postgres.execute(
+        "INSERT INTO workers (worker, hostname, queues, processes, version, seen_at) "
+        "VALUES ('w', 'w', '{default,other}', 4, '1', clock_timestamp() + interval '1 h')"
+    )
+    runs = told(beatless, 2)
+    message = beatless.start_run("free", queue=queue).run_id
+    postgres.execute(
+        "UPDATE dispatches SET state = 'sent', attempts = 1, "
+        "due_at = clock_timestamp() + interval '50 s' WHERE run_id = %s",
+        (message,),
+    )
+
+    assert worker.deliver(runs[0]) == (runs if goes_on else runs[:1])
+
+
+@pytest.mark.usefixtures("backlog")
 def test_a_run_that_cannot_be_claimed_behind_one_that_was_parked_fails_nothing(
     beatless: Kit,
     worker: Worker,
