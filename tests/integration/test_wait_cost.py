@@ -164,6 +164,27 @@ def test_runs_of_an_async_worker_are_read_with_their_common_claim(
     beatless.verify()
 
 
+@pytest.mark.parametrize("signalled", [False, True])
+def test_runs_of_an_async_worker_go_to_sleep(beatless: Kit, signalled: bool) -> None:
+    runs = [beatless.start_run(name).run_id for name in ("naps", "naps_in_list")]
+    for run_id in runs if signalled else []:
+        beatless.signal(run_id, "go")
+    executor = beatless.app.executors.begin_concurrent()
+    for run_id in runs:
+        found = beatless.app.plans[beatless.client.get_run(run_id).plan]
+        executor.spawn(partial(executor.execute, found, run_id, 1))
+    executor.start()
+    executor.stop()
+
+    assert {beatless.client.get_run(run_id).state for run_id in runs} == {"waiting"}
+    for run_id in runs:
+        assert beatless.event_types(run_id).count("SignalReceived") == signalled
+    beatless.advance(HOUR_S)
+    beatless.work_until_idle()
+    assert {beatless.client.get_run(run_id).result for run_id in runs} == {"begun"}
+    beatless.verify()
+
+
 @pytest.mark.parametrize("name", ["naps", "naps_in_list"])
 def test_a_sleep_whose_run_is_claimed_before_its_end_goes_on_to_that(
     beatless: Kit, postgres: psycopg.Connection, name: str
