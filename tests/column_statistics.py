@@ -1,4 +1,4 @@
-"""What ANALYZE has noted of the columns of a test's tables."""
+"""What ANALYZE and VACUUM have noted of a test's tables and their columns."""
 
 from typing import Any
 
@@ -10,4 +10,15 @@ def forget(session: psycopg.Connection[Any]) -> None:
     session.execute(
         "DELETE FROM pg_statistic WHERE starelid IN"
         " (SELECT oid FROM pg_class WHERE relnamespace = current_schema()::regnamespace)"
+    )
+
+
+def forget_sizes(session: psycopg.Connection[Any]) -> None:
+    """Forget how long the tables are: one that autovacuum has seen empty is planned as such.
+
+    As they are at first, they are taken for short ones.
+    """
+    session.execute(
+        "UPDATE pg_class SET reltuples = -1, relpages = 0, relallvisible = 0"
+        " WHERE relnamespace = current_schema()::regnamespace AND relkind = 'r'"
     )

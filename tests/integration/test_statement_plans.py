@@ -189,7 +189,6 @@ OTHER_TYPES = {
 @pytest.fixture
 def long_tables(beatless_app: App, postgres: psycopg.Connection) -> psycopg.Connection:
     """A session before many runs of all states, as ANALYZE has seen them."""
-    column_statistics.forget(postgres)
     postgres.execute(
         f"""
 INSERT INTO runs (run_id, plan, plan_version, queue, state, last_seq, lease_token, key, tags,
@@ -235,6 +234,8 @@ SELECT 'default', 's' || n, 'app-' || n % 3, n % 100 = 0, '{{"plan": "p"}}', 60,
        CASE WHEN n % 10 > 0 THEN now() + make_interval(mins => n) END
   FROM generate_series(1, {SCHEDULES}) n""".encode()
     )
+    column_statistics.forget(postgres)  # now: autovacuum may come while rows are written
+    column_statistics.forget_sizes(postgres)
     postgres.execute("ANALYZE runs, run_events, run_outbox, dispatches, schedules")
     return postgres
 
