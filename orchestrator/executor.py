@@ -96,7 +96,11 @@ GOES_ON_S = 2.0
 which may be in the same broker, have their turn."""
 
 BEHIND_S = 1.0
-"""The same of runs without limits, which wait for nothing but their message."""
+"""The same, at most, of runs that have waited for nothing but a worker."""
+
+BEHIND_PLACE_S = 0.2
+"""The same for each place of the worker: so the 64 messages of a queue that are in the broker come
+within 13 s, before the relay looks for the first of them."""
 
 
 class Executor:

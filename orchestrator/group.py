@@ -19,7 +19,13 @@ from dataclasses import dataclass, field
 
 import psycopg
 
-from beatless.orchestrator.executor import BACKLOG_S, BEHIND_S, GOES_ON_S, Executor
+from beatless.orchestrator.executor import (
+    BACKLOG_S,
+    BEHIND_PLACE_S,
+    BEHIND_S,
+    GOES_ON_S,
+    Executor,
+)
 from beatless.orchestrator.group_commit import GroupCommit
 from beatless.orchestrator.lease import Connection, Lease
 from beatless.orchestrator.plan import Plan
@@ -385,6 +391,7 @@ class GroupExecutor:
         *,
         max_runs: int,
         goes_on: bool,
+        places: int,
         guard: GroupGuard,
         turnstile: Turnstile,
         own_work: Callable[[], AbstractContextManager[None]] = nullcontext,
@@ -392,7 +399,8 @@ class GroupExecutor:
         """`max_runs` is how many runs a group has at most, and `plans` may be in one.
 
         `goes_on`: ends of runs that have waited for a slot claim the next ones, for `GOES_ON_S`; of
-        runs that have waited for a worker, if a message may bring more than one, for `BEHIND_S`.
+        runs that have waited for a worker, if a message may bring more than one, for `BEHIND_S`,
+        or less if the worker executes few messages at once (`places`).
         `own_work` is as of `Group`. Guard and turnstile are those of the process.
         """
         self.executor = executor
@@ -400,6 +408,7 @@ class GroupExecutor:
         self._plans = plans
         self._max_runs = max_runs
         self._goes_on = goes_on
+        self._places = places
         self._guard = guard
         self._turnstile = turnstile
         self._own_work = own_work
@@ -416,7 +425,8 @@ class GroupExecutor:
         self._lull_at = 0.0
         self.executor.goes_on_until = now + GOES_ON_S if self._goes_on else 0.0
         behind = self._goes_on and self._max_runs > 1
-        self.executor.behind_until = now + BEHIND_S if behind else 0.0
+        behind_s = min(BEHIND_S, self._places * BEHIND_PLACE_S)
+        self.executor.behind_until = now + behind_s if behind else 0.0
         try:
             return self._execute(plan, run_id, dispatch, in_backlog=in_backlog)
         finally:

@@ -53,7 +53,10 @@ class ProcessSetup(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery has
 
 
 class GroupLimit(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery has no types
-    """Lets each message execute its run alone where Celery counts them: a task is a run there."""
+    """Tells how many runs a message may bring: of the places that the worker has for messages.
+
+    One where Celery counts them: a task is a run there.
+    """
 
     requires = frozenset({"celery.worker.components:Timer"})
     executors: ClassVar[Executors]
@@ -65,6 +68,9 @@ class GroupLimit(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery has n
 
     def __init__(self, worker: Any, **options: Any) -> None:
         super().__init__(worker, **options)
+        from celery.concurrency.solo import TaskPool as Solo  # not for clients
+
+        self.executors.places = 1 if worker.pool_cls is Solo else worker.concurrency
         if worker.max_tasks_per_child:
             self.executors.max_group_runs = 1
             self.executors.goes_on = False

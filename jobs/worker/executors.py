@@ -91,6 +91,8 @@ class Executors:
         self.max_group_runs = settings.worker_group_runs
         self.goes_on = True
         """Whether the task of a message also executes runs that the end of its run has claimed."""
+        self.places = 1
+        """How many messages this worker executes at once, in all of its processes."""
         self._mutex = threading.Lock()
         self._pid = 0
         self._worker = ""
@@ -226,6 +228,7 @@ class Executors:
             self.plans,
             max_runs=min(self.max_group_runs, self._slots),
             goes_on=self.goes_on,
+            places=self.places,
             guard=self._guard,
             turnstile=self._turnstile,
             # Where other threads have bodies meanwhile, the collector works for them.

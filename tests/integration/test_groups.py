@@ -15,6 +15,9 @@ from typing import Any, ClassVar
 
 import psycopg
 import pytest
+from celery.concurrency.prefork import TaskPool as Prefork
+from celery.concurrency.solo import TaskPool as Solo
+from celery.concurrency.thread import TaskPool as Threads
 from sqlalchemy import make_url
 
 from beatless import App, Plan, RunState, StepContext, retry, step
@@ -754,9 +757,19 @@ def test_a_run_that_has_waited_long_tells_of_a_backlog_however_slow_the_worker_i
 def test_where_celery_counts_tasks_each_run_has_its_own(beatless_app: App) -> None:
     """With `--max-tasks-per-child`, which is a number of runs."""
     executors = beatless_app.executors
+    worker = SimpleNamespace(pool_cls=Prefork, concurrency=4, max_tasks_per_child=None, steps=[])
     for number, runs in ((None, 64), (2, 1)):
-        GroupLimit.of(executors)(SimpleNamespace(max_tasks_per_child=number, steps=[]))
+        worker.max_tasks_per_child = number
+        GroupLimit.of(executors)(worker)
         assert executors.max_group_runs == runs
+
+
+def test_a_worker_has_as_many_places_as_it_executes_messages_at_once(beatless_app: App) -> None:
+    executors = beatless_app.executors
+    for pool, places in ((Prefork, 4), (Threads, 4), (Solo, 1)):
+        worker = SimpleNamespace(pool_cls=pool, concurrency=4, max_tasks_per_child=None, steps=[])
+        GroupLimit.of(executors)(worker)
+        assert executors.places == places
 
 
 def test_the_collector_does_not_rest_where_other_threads_have_bodies(beatless_app: App) -> None:

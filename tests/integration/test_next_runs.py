@@ -20,6 +20,7 @@ from beatless.orchestrator.lease import Connection, Lease, Leases
 from beatless.orchestrator.observer import Claimed
 from beatless.orchestrator.pace import Pace
 from beatless.orchestrator.wakes import Wakes
+from beatless.outbox.clock import monotonic
 from beatless.outbox.message import SHARDS
 from beatless.outbox.observer import Signal
 from beatless.testing import Kit
@@ -295,7 +296,8 @@ def test_where_celery_counts_tasks_the_end_of_a_run_claims_none(
 ) -> None:
     """With `--max-tasks-per-child`, which is a number of runs."""
     runs = started(beatless, "one", "one", "one")
-    GroupLimit.of(beatless_app.executors)(SimpleNamespace(max_tasks_per_child=1, steps=[]))
+    given = SimpleNamespace(pool_cls=object, concurrency=1, max_tasks_per_child=1, steps=[])
+    GroupLimit.of(beatless_app.executors)(given)
     other = Worker(beatless)
 
     assert other.deliver(runs[0]) == runs[:1]
@@ -601,6 +603,7 @@ def backlog(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each run has waited for long enough, and time is no reason to stop."""
     monkeypatch.setattr(executors, "BACKLOG_S", 0.0)
     monkeypatch.setattr(groups, "BEHIND_S", 600.0)
+    monkeypatch.setattr(groups, "BEHIND_PLACE_S", 600.0)
 
 
 def told(kit: Kit, number: int, **options: Any) -> list[str]:
@@ -766,6 +769,26 @@ def test_without_a_backlog_no_run_follows_another(
     runs = told(beatless, 2)
     assert worker.deliver(runs[0]) == runs[:1]
     beatless.work_until_idle()
+
+
+@pytest.mark.parametrize(("places", "places_that_count"), [(1, 1), (2, 2), (9, 3)])
+def test_runs_follow_for_longer_where_more_messages_are_executed_at_once(
+    beatless: Kit,
+    beatless_app: App,
+    monkeypatch: pytest.MonkeyPatch,
+    places: int,
+    places_that_count: int,
+) -> None:
+    monkeypatch.setattr(groups, "BEHIND_S", 1800.0)
+    monkeypatch.setattr(groups, "BEHIND_PLACE_S", 600.0)
+    beatless_app.executors.places = places
+    here = Worker(beatless)
+
+    here.deliver(beatless.start_run("free").run_id)
+
+    left_s = here.worker.executor.behind_until - monotonic()
+    assert 600 * (places_that_count - 1) < left_s <= 600 * places_that_count
+    here.worker.executor.disconnect()
 
 
 @pytest.mark.usefixtures("backlog")
