@@ -19,6 +19,7 @@ from beatless.streams.cancellation import kept_cancellation
 from beatless.streams.history import NO_HEAD, History
 from beatless.streams.messages import parse, why_without_redis
 from beatless.streams.observer import BackfillReason
+from beatless.transactions import first_line
 
 logger = logging.getLogger("beatless.stream")
 
@@ -151,7 +152,7 @@ class Hub:
                 # Any error: without this check a stream whose last message was lost hangs.
                 logger.warning(
                     "heads of the watched runs cannot be read, will retry",
-                    extra={"action": "head_check_failed", "reason": str(error)},
+                    extra={"action": "head_check_failed", "reason": first_line(error)},
                 )
                 continue
             for mailbox, seq in seen:

@@ -45,6 +45,7 @@ from beatless.streams.pager import Pager
 from beatless.streams.subscription import Subscription
 from beatless.streams.tailed import Choice
 from beatless.streams.waiting import GAP_PAUSE_S, POSTGRES_AWAY
+from beatless.transactions import first_line
 
 logger = logging.getLogger("beatless.stream")
 
@@ -273,7 +274,7 @@ class Tail:
                 failures += 1
                 logger.warning(
                     "journal cannot be read, the tail waits",
-                    extra={"action": "stream_waits", "reason": str(error)},
+                    extra={"action": "stream_waits", "reason": first_line(error)},
                 )
                 yield Rest(self._at_most(backoff.delay(failures)))
 

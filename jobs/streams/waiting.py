@@ -7,6 +7,7 @@ from sqlalchemy import exc
 from beatless.errors import WaitTimeout
 from beatless.outbox.backoff import Backoff
 from beatless.outbox.clock import monotonic
+from beatless.transactions import first_line
 
 logger = logging.getLogger("beatless.stream")
 
@@ -63,7 +64,7 @@ class JournalRetry:
             extra={
                 "action": "stream_waits",
                 "run_id": self._timeout.run_id,
-                "reason": str(error),
+                "reason": first_line(error),
             },
         )
         left = self._timeout.left
