@@ -171,7 +171,8 @@ def test_explain_tells_a_back_off_from_the_wait_for_a_free_worker(
     beatless.work_until_idle()
     beatless.advance(600)
     beatless.drain_outbox_once()
-    assert any("none was free" in text for _, _, text in told(beatless, failed.run_id))
+    unclaimed = "none tells that it consumes the queue default"
+    assert any(unclaimed in text for _, _, text in told(beatless, failed.run_id))
     beatless.work_until_idle()
     *_, (backoff, _), (free, seconds) = waits(beatless, failed.run_id)
     assert (backoff, free) == (
