@@ -116,6 +116,14 @@ def state(postgres: psycopg.Connection, run_id: str) -> str:
     return str(found)
 
 
+def limit_of_two(kit: Kit, postgres: psycopg.Connection) -> str:
+    """The id of the limit of plan `two`, none of whose slots is taken."""
+    kit.start_run("two")
+    ((limit_id,),) = postgres.execute("SELECT limit_id FROM dispatches").fetchall()
+    kit.work_until_idle()
+    return str(limit_id)
+
+
 @pytest.mark.parametrize("is_short", [True, False])
 def test_runs_that_wait_for_a_slot_follow_each_other_without_a_message(
     beatless: Kit, worker: Worker, postgres: psycopg.Connection, is_short: bool
@@ -314,9 +322,7 @@ def test_an_end_claims_the_next_run_with_the_place_that_it_has_freed(
 ) -> None:
     """The other place seems free, and would be waited for: another claim has not committed."""
     monkeypatch.setattr(leases, "NEXT_LOCK_TIMEOUT_S", 0.05)
-    beatless.start_run("two")
-    ((limit_id,),) = postgres.execute("SELECT limit_id FROM dispatches").fetchall()
-    beatless.work_until_idle()
+    limit_id = limit_of_two(beatless, postgres)
     table = f"{beatless_app.settings.schema}.limit_slots"
     take = f"INSERT INTO {table} (limit_id, n, run_id) VALUES (%s, 1, 'elsewhere')"
     postgres.execute(take, (limit_id,))
@@ -363,9 +369,7 @@ def test_a_claim_that_would_wait_for_another_is_left_out_and_the_end_is_not(
 ) -> None:
     """The next run has another limit too, whose place seems free: a claim has not committed."""
     monkeypatch.setattr(leases, "NEXT_LOCK_TIMEOUT_S", 0.05)
-    beatless.start_run("two")
-    ((limit_id,),) = postgres.execute("SELECT limit_id FROM dispatches").fetchall()
-    beatless.work_until_idle()
+    limit_id = limit_of_two(beatless, postgres)
     table = f"{beatless_app.settings.schema}.limit_slots"
     runs = started(beatless, "one", "one", "both", input="wait")
     with closing(beatless_app.executors.connect()) as other:
