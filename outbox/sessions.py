@@ -70,6 +70,9 @@ OWN = SHARED | {
     "standard_conforming_strings": "on",
     "default_transaction_isolation": "read committed",
     "jit": "off",
+    # Parallel workers begin with the settings of the database: its transaction_timeout may end one
+    # before it has ours, and the statement with it.
+    "max_parallel_workers_per_gather": "0",
 }
 """Settings of the sessions that run only our statements."""
 

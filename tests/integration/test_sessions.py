@@ -332,6 +332,21 @@ def schedule(client: Client, connection: Any, content: Any) -> None:
     client.delete_schedule(name, connection=connection)
 
 
+def test_no_statement_of_ours_waits_for_parallel_workers(
+    beatless_app: App, server: psycopg.Connection
+) -> None:
+    """They begin with the limits of the database, by which they may end."""
+    (name,) = server.execute(
+        "SELECT name FROM pg_settings WHERE name IN ('debug_parallel_query', 'force_parallel_mode')"
+    ).fetchone() or ("",)
+    plans = []
+    for session in (server, beatless_app.executors.connect()):
+        with session:
+            session.execute(f"SET {name} TO 'on'".encode())
+            plans.append(str(session.execute("EXPLAIN SELECT * FROM pg_class").fetchall()))
+    assert ["Gather" in plan for plan in plans] == [True, False]
+
+
 def test_every_call_on_a_callers_connection_is_made_by_these_tests() -> None:
     source = "".join(map(inspect.getsource, (act_by, signal, schedule)))
     calls = [
