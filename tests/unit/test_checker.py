@@ -754,6 +754,14 @@ def test_a_viewer_that_is_reset_is_shown_all_again(told: str | None) -> None:
     assert check([*records[:end], reset, *anew, *records[end:]]) == []
 
 
+def test_the_deadline_of_a_run_that_is_undone_then_hastens_a_retry() -> None:
+    records = copy.deepcopy(honest())
+    LIES["a retry that is due too early"][1](records)
+    assert "delay" in {violation.invariant for violation in check(records)}
+    records.append(event("f", 20, "UndoStarted"))
+    assert "delay" not in {violation.invariant for violation in check(records)}
+
+
 def test_a_run_may_wait_for_a_signal_that_nobody_sends() -> None:
     assert check(parked_history()) == []
 
