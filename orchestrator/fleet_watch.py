@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import psycopg
+from psycopg import errors as pg_errors
 
 from beatless.orchestrator.lease import Leases
 from beatless.orchestrator.lease_status import HeldLease
@@ -91,7 +92,8 @@ class FleetWatch:
     1. a keeper takes the lock of a number above all others, and tells the relays
     2. a keeper awaits the lock of the next number below its own, a relay that of the highest: so
        each worker is awaited by the one that came after it, and no two await each other. While
-       much is written they look twice a second instead: see `BUSY_XIDS_PER_S`
+       much is written they look twice a second instead: see `BUSY_XIDS_PER_S`. A relay that has
+       much to do ends the waits of all
     3. a lock that is granted means that its session is gone, or was ended: its worker is suspected,
        and so is every other one that was there before and is not any more
     4. a suspect is dead if after `PROOF_S` it has no session at all: neither its keeper, which
@@ -135,6 +137,8 @@ class FleetWatch:
         """By token."""
         self._look_at = 0.0
         self._load_until = 0.0
+        self._ends_waits = False
+        """There is news of load, of which those that wait do not know."""
         self._next_xid, self._read_at = 0, NEVER
         """At the last look: the next transaction id, and the time by the monotonic clock."""
         self._failures = 0
@@ -161,6 +165,7 @@ class FleetWatch:
         is_news = now >= self._load_until
         self._load_until = now + LOAD_S
         if is_news:
+            self._ends_waits = True
             self._look_at = 0.0
         return is_news
 
@@ -220,6 +225,7 @@ class FleetWatch:
         except BaseException:
             connection.close()
             raise
+        self._load_until = monotonic() + LOAD_S  # a burst may have begun before it came
         return connection
 
     def _look(self, connection: DirectConnection) -> float:
@@ -228,6 +234,9 @@ class FleetWatch:
         members, next_xid = self._members(connection)
         here = set(members.values()) - {self._worker}
         now = monotonic()
+        if self._ends_waits:
+            self._ends_waits = False
+            connection.execute(self._sql["end_waits"].encode())
         written, seconds = next_xid - self._next_xid, now - self._read_at
         is_busy = now < self._load_until or (seconds > 0 and written > BUSY_XIDS_PER_S * seconds)
         self._next_xid, self._read_at = next_xid, now
@@ -308,9 +317,15 @@ class FleetWatch:
         if self._awaited is None:
             return
         number, self._awaited = self._awaited, None
-        granted = cancel(connection) if connection.pgconn.is_busy() else finish(connection)
+        was_busy = connection.pgconn.is_busy()
+        if was_busy:
+            granted = cancel(connection)
+        else:
+            granted = finish(connection, ignore=pg_errors.QueryCanceled)
         if granted:
             _granted(connection, self._sql["give_number"], number)
+        elif not was_busy:  # a relay has ended it
+            self._load_until = monotonic() + LOAD_S
 
     def _members(self, connection: DirectConnection) -> tuple[dict[int, str], int]:
         """What names the worker of each number; and the next transaction id."""

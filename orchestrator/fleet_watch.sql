@@ -33,6 +33,15 @@ SELECT pg_advisory_unlock({watch_key}, %(number)s)
 -- Wait until the session that has the lock of a number is gone.
 SELECT pg_advisory_lock({watch_key}, %(number)s)
 
+-- name: end_waits
+-- Cancel the waits of all watches, where this role may: each has a snapshot.
+SELECT count(pg_cancel_backend(l.pid))
+  FROM pg_locks l JOIN pg_stat_activity a USING (pid)
+ WHERE l.locktype = 'advisory' AND NOT l.granted
+   AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
+   AND l.classid = ({watch_key})::oid AND l.objsubid = 2
+   AND a.usename = current_user
+
 -- name: announce
 -- Tell the relays that a worker has come.
 SELECT pg_notify(%(channel)s, %(message)s)

@@ -132,7 +132,9 @@ class Fleet:
 
 
 @pytest.fixture
-def fleet(beatless: Kit) -> Iterator[Fleet]:
+def fleet(beatless: Kit, monkeypatch: pytest.MonkeyPatch) -> Iterator[Fleet]:
+    """Its watches take no load for granted when they come."""
+    monkeypatch.setattr(fleet_watch, "LOAD_S", 0.0)
     with ExitStack() as stack:
         yield Fleet(beatless.app, stack)
 
@@ -443,6 +445,47 @@ def test_a_relay_with_much_to_do_has_its_watch_wait_for_nothing(
     watch.once()
     assert not holds_snapshot(fleet, connection)
     assert 0 < watch.patience() <= BUSY_RECHECK_S
+
+
+def test_a_relay_with_much_to_do_ends_the_waits_of_the_others(
+    beatless: Kit,
+    fleet: Fleet,
+    connection: psycopg.Connection[Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(fleet_watch, "BUSY_XIDS_PER_S", 1e9)
+    name = fleet.name()
+    dying, keeper = fleet.watch(name), fleet.watch(fleet.name())
+    asleep, relay = fleet.watch(), fleet.watch()
+    until(lambda: holds_snapshot(fleet, connection))
+    number_of_sessions = len(fleet.sessions)
+
+    monkeypatch.setattr(fleet_watch, "LOAD_S", 3600.0)
+    relay.note_load()
+    relay.once()
+    for each in (keeper, asleep):
+        assert readable(each.descriptors(), 60)
+        each.once()
+        assert 0 < each.patience() <= BUSY_RECHECK_S
+    assert not holds_snapshot(fleet, connection)
+
+    # They have lost neither their session nor sight of who was there.
+    assert len(fleet.sessions) == number_of_sessions
+    lease = claim(beatless, connection, name)
+    fleet.watches.remove(dying)
+    dying.close()
+    fleet.run(60)
+    assert due(beatless, connection, lease)
+
+
+def test_a_keeper_that_comes_amid_a_burst_waits_for_nothing(
+    fleet: Fleet, connection: psycopg.Connection[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fleet.watch(fleet.name())
+    monkeypatch.setattr(fleet_watch, "LOAD_S", 3600.0)
+    keeper = fleet.watch(fleet.name())
+    assert 0 < keeper.patience() <= BUSY_RECHECK_S
+    assert not holds_snapshot(fleet, connection)
 
 
 def test_an_idle_watch_sends_nothing_for_a_minute(fleet: Fleet) -> None:
