@@ -38,6 +38,10 @@ and a stall of the disk is not silence. Whenever it sleeps too early, every writ
 
 BURST_LINGER_FACTOR = 10
 
+LOAD_S = 2.0
+"""Seconds for which a relay awaits no lock of another after so many messages in `BURST_S`, however
+often it has slept between them."""
+
 LONGEST_NAP_S = 0.001
 """Seconds between two looks that find nothing, at most; each is twice the one before."""
 
@@ -91,9 +95,12 @@ class SessionLoop:
         self._wakes = 0
         """How many have followed one another within `linger`."""
         self._burst_at = -BURST_S
+        self._counted, self._counted_since = 0, -BURST_S
+        """Messages since then."""
+        self._loaded_until = 0.0
         self._drowsy_moved = 0
         self._unwatched = False
-        """No lock of another relay is awaited, as this one is awake: it looks at `_recheck_at`."""
+        """No lock of another relay is awaited, under load: it looks at `_recheck_at`."""
         self._recheck_at = 0.0
 
     def run(self) -> None:
@@ -143,8 +150,9 @@ class SessionLoop:
             # One step at least: who sends news of members without end must not keep us from it.
             if moved := self.drain.step(self.shards.owned):
                 quiet_since, total = monotonic(), total + moved
+                self._count(moved)
                 if total > BURST_MESSAGES:
-                    self._note_burst(quiet_since)
+                    self._burst_at = quiet_since
                 if quiet_since - began > BURST_S:
                     began, total = quiet_since, 0
                 nap = self._config.nap
@@ -155,14 +163,10 @@ class SessionLoop:
             if monotonic() - self.drain.overdue.looked_at > OVERDUE_POLL_S:
                 self.drain.overdue.end(self.shards.owned)
             self._look_at_schedules()
-            if self._unwatched and monotonic() >= self._recheck_at:
-                self._find_unled()
+            self._look_at_neighbours()
             self._run_watchdog()
             if self._stopping.is_set() or self.sessions.members_changed:
                 return
-        if self._unwatched:
-            self._unwatched = False
-            self.shards.watch_next()
         self._drowsy_moved = 0
         self.sessions.doze(self.shards.owned)
 
@@ -185,12 +189,28 @@ class SessionLoop:
             self._alarm.quiet()  # of the batch that was just collected
             self._wait(min(moved * PAUSE_PER_MESSAGE_S, LONGEST_PAUSE_S))
 
-    def _note_burst(self, now: float) -> None:
-        """Have nothing wait for a lock: what dies would stay before each scan (ADR 0086)."""
-        self._burst_at = now
-        for companion in self._config.companions:
-            companion.note_load()
-        self._unwatched |= self.sessions.unwatch()
+    def _count(self, moved: int) -> None:
+        """Have nothing wait for a lock if there is much: what dies would stay before each scan.
+
+        See ADR 0086.
+        """
+        now = monotonic()
+        if now - self._counted_since > BURST_S:
+            self._counted, self._counted_since = 0, now
+        self._counted += moved
+        if self._counted > BURST_MESSAGES:
+            self._loaded_until = now + LOAD_S
+            for companion in self._config.companions:
+                companion.note_load()
+            self._unwatched |= self.sessions.unwatch()
+
+    def _look_at_neighbours(self) -> None:
+        """Look for shards without a leader now and then, until the load is over."""
+        if self._unwatched and monotonic() >= self._loaded_until:
+            self._unwatched = False
+            self.shards.watch_next()
+        elif self._unwatched and monotonic() >= self._recheck_at:
+            self._find_unled()
 
     def _find_unled(self) -> None:
         """Look for shards without a leader, and tell the other relays: it may be for them."""
@@ -222,6 +242,7 @@ class SessionLoop:
 
     def _is_busy(self, moved: int) -> bool:
         """Whether too much came since we began to fall asleep: meanwhile every writer rings."""
+        self._count(moved)
         self._drowsy_moved += moved
         return self._drowsy_moved > BUSY_MESSAGES
 
@@ -242,10 +263,12 @@ class SessionLoop:
             alone = not due and not self.drain.tasks.has_result and not self.drain.tasks_left
             moved = self._answer(rung) if rung and alone else self._drain_all()
             source: WakeSource = "notify" if rung else "timer" if due else "broker"
+            self._count(moved)
             self._observer(RelayWoke(source=source))
             # As Linux' NAPI: interrupts while idle, none under load.
             if moved > BUSY_MESSAGES or (moved and self._wakes > FEW_WAKES):
                 self.sessions.rouse()
+        self._look_at_neighbours()
         self._run_watchdog()
 
     def _answer(self, ring: Ring) -> int:
@@ -309,6 +332,8 @@ class SessionLoop:
         until = self._watchdog_at
         if self._next_due is not None:
             until = min(until, self._next_due)
+        if self._unwatched:
+            until = min(until, self._recheck_at, self._loaded_until)
         return max(0.0, until - monotonic()) + CLOCK_SLACK_S
 
     def _run_watchdog(self) -> None:

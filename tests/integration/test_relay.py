@@ -48,7 +48,7 @@ from beatless.outbox.publishers import (
 )
 from beatless.outbox.queries import ALL_SHARDS, Queries, channel_of
 from beatless.outbox.relay import Relay
-from beatless.outbox.session_loop import SessionLoop
+from beatless.outbox.session_loop import BURST_MESSAGES, LOAD_S, SessionLoop
 from beatless.outbox.shards import Shards
 from beatless.outbox.sockets import readable
 from beatless.outbox.task_lane import MAX_STALLED_BATCHES
@@ -927,7 +927,7 @@ def test_a_relay_in_a_burst_keeps_no_dead_rows_and_finds_that_another_has_gone(
     gone = next(loop for loop in five[1:] if busy.sessions._watching in loop.shards.owned)
     while not holds_snapshot(busy, postgres):
         pass
-    busy._note_burst(monotonic())
+    busy._count(BURST_MESSAGES + 1)
     assert not holds_snapshot(busy, postgres)
 
     gone.sessions.__exit__()
@@ -941,14 +941,19 @@ def test_a_relay_in_a_burst_keeps_no_dead_rows_and_finds_that_another_has_gone(
     assert idle.shards.owned == gone.shards.owned
 
 
-def test_a_relay_awaits_the_lock_of_another_again_when_it_falls_asleep(
-    five: list[SessionLoop],
+def test_a_relay_awaits_the_lock_of_another_again_when_the_load_is_over(
+    five: list[SessionLoop], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     busy, *_ = five
     watched = busy.sessions._watching
-    busy._note_burst(monotonic())
-    assert busy.sessions._watching is None
+    busy._count(BURST_MESSAGES + 1)
     busy._stay_awake()
+    assert busy.sessions._watching is None
+    assert busy._patience() <= LOAD_S
+
+    monkeypatch.setattr("beatless.outbox.session_loop.LOAD_S", 0.0)
+    busy._count(1)
+    busy._look_at_neighbours()
     assert busy.sessions._watching == watched
 
 

@@ -12,6 +12,7 @@ from beatless import App, Plan, StepContext, step
 from beatless.client import RunRequest
 from beatless.orchestrator.events import EventType
 from beatless.orchestrator.lease import Lease
+from beatless.orchestrator.watch_thread import WatchThread
 from beatless.outbox import session_loop as loops
 from beatless.outbox.direct_connection import DirectConnection
 from beatless.outbox.doorbell import Ring, Sessions, State
@@ -149,6 +150,21 @@ def test_each_commit_of_a_run_costs_a_sleeping_relay_what_it_needs(
     assert beatless.executor().execute(beatless_app.plans["job"], run.run_id, 2)
     assert asleep.answer() == ["pick events", "forget", "look ahead"]
     assert pending(postgres) == 0
+
+
+def test_messages_are_a_load_though_the_relay_sleeps_between_them(
+    beatless: Kit, asleep: Asleep, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What dies meanwhile stays where scans meet it, as long as any session awaits a lock."""
+    told: list[str] = []
+    monkeypatch.setattr(WatchThread, "note_load", lambda _: told.append("load"))
+    monkeypatch.setattr(loops, "BURST_MESSAGES", 5)
+    monkeypatch.setattr(loops, "BURST_S", 3600.0)
+    for number in range(3):  # each with its message and its event
+        assert told == [], number
+        beatless.start_run("job")
+        asleep.answer()
+    assert told == ["load"]
 
 
 def test_the_message_of_a_start_is_on_its_way_before_its_events_are_selected(

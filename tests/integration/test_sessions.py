@@ -62,12 +62,12 @@ HOSTILE = {
     "array_nulls": "off",
     "client_encoding": "LATIN1",
     "search_path": "nowhere",
-    # What a loaded machine needs for the statement that lifts it, and less than migrations take.
-    "statement_timeout": "50ms",
+    # What a loaded machine needs for the statement that lifts it, and less than `compute` takes.
+    "statement_timeout": "1s",
     "lock_timeout": "1ms",
     "idle_in_transaction_session_timeout": "50ms",
-    "idle_session_timeout": "300ms",
-    "transaction_timeout": "300ms",
+    "idle_session_timeout": "1s",
+    "transaction_timeout": "1s",
     "default_transaction_isolation": "serializable",
     "default_transaction_read_only": "on",
     "default_transaction_deferrable": "on",
@@ -88,7 +88,7 @@ def speak(ctx: StepContext) -> dict[str, Any]:
 
 @step(transactional=True)
 def compute(ctx: StepContext) -> Any:
-    return ctx.connection.exec_driver_sql("SELECT 42 FROM pg_sleep(0.1)").scalar()
+    return ctx.connection.exec_driver_sql("SELECT 42 FROM pg_sleep(1.2)").scalar()
 
 
 @step
@@ -205,7 +205,7 @@ def test_settings_of_role_and_database_change_nothing(
 def test_the_environment_of_libpq_changes_nothing(
     settings: Settings, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("PGOPTIONS", "-c statement_timeout=50ms -c default_transaction_read_only=on")
+    monkeypatch.setenv("PGOPTIONS", "-c statement_timeout=1s -c default_transaction_read_only=on")
     monkeypatch.setenv("PGCLIENTENCODING", "LATIN1")
     monkeypatch.setenv("PGDATESTYLE", "German")
     monkeypatch.setenv("PGTZ", "Asia/Kathmandu")
