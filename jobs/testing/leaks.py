@@ -11,6 +11,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 import psycopg
+import redis
 import sqlalchemy
 from sqlalchemy import make_url
 
@@ -175,9 +176,7 @@ class LeakDetector:
         self._allowed = allowed
         self._ends = itertools.count(1)
         self._reported = self._objects()
-        # Receives publishes under this worker's names, and under none of any test.
-        self._ear = stores.events.pubsub()  # type: ignore[no-untyped-call]  # redis-py's gap
-        self._ear.psubscribe(name.prefixes, *(ANYWHERE if services.ours else ()))
+        self._ear = self._listening()
         self.heard()
         self.writes = ForeignWrites(services.database_url, name)
 
@@ -198,8 +197,26 @@ class LeakDetector:
         self._reported |= {leak for leak in new if not leak.startswith("a message")}
         return self.writes.found() + [leak for leak in new if self._neighbours.first_to_tell(leak)]
 
+    def _listening(self) -> redis.client.PubSub:
+        """Receives publishes under this worker's names, and under none of any test."""
+        ear: redis.client.PubSub = self._stores.events.pubsub()  # type: ignore[no-untyped-call]
+        ear.psubscribe(self._name.prefixes, *(ANYWHERE if self._services.ours else ()))
+        return ear
+
     def heard(self) -> set[str]:
-        """The channels that something was published on since the last call."""
+        """The channels that something was published on since the last call.
+
+        None if that was more than the server keeps for who does not read: then it ends the
+        connection, and nobody is accused.
+        """
+        try:
+            return self._read()
+        except redis.ConnectionError:
+            self._ear.close()
+            self._ear = self._listening()
+            return set()
+
+    def _read(self) -> set[str]:
         # Numbered: patterns overlap for some names of workers, and then it is heard twice.
         end, number = f"{self._name.prefix(0)}:end", str(next(self._ends)).encode()
         self._stores.events.publish(end, number)

@@ -1,5 +1,6 @@
 """The test kit's isolation: what a test has for itself, and who is told of what it left."""
 
+import socket
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -363,6 +364,18 @@ def test_keys_that_are_allowed_are_nobodys_fault(private: Services) -> None:
         assert keys(isolation.leaks.left_outside(isolation.begin("test"))) == [
             "the Redis key shops:cart"
         ]
+
+
+def test_a_test_that_publishes_more_than_redis_keeps_for_a_listener_is_not_its_last(
+    private: Services,
+) -> None:
+    with closing(Isolation(private, "one", allowed=[])) as isolation:
+        events = isolation.stores.events
+        events.publish("stray", "before")
+        isolation.leaks._ear.connection._sock.shutdown(socket.SHUT_RDWR)  # as the server does
+        assert isolation.leaks.left_outside(isolation.begin("test")) == []
+        events.publish("stray", "behind")
+        assert isolation.leaks.left_outside(isolation.begin("other")) == ["a message on stray"]
 
 
 @pytest.mark.long
