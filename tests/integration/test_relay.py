@@ -571,7 +571,7 @@ def noting(app: App) -> tuple[Callable[[], DirectConnection], list[str]]:
     statements: list[str] = []
     kind = type("NotedHere", (Noted,), {"statements": statements})
     dsn = libpq_url(app.settings.listen_url)
-    return lambda: kind.connect(dsn, autocommit=True, prepare_threshold=1), statements
+    return lambda: kind.connect(dsn, autocommit=True, prepare_threshold=0), statements
 
 
 def test_an_idle_relay_sends_nothing_but_its_watchdog(beatless: Kit, beatless_app: App) -> None:
