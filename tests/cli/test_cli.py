@@ -109,50 +109,50 @@ def test_input_comes_from_a_file_and_from_standard_input(
         assert beatless_app.client.get_run(run_id).input == {"device": "file"}
 
 
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["start", "nosuch"], ["'nosuch'", "agents.run"]),
-        (["start", "it's"], ['"it\'s"', "agents.run"]),
-        (["start"], ["PLAN", "beatless start --help"]),
-        (["start", "agents.run", "--bogus"], ["--bogus"]),
-        (["start", "agents.run", "--input", '{"a":'], ["not JSON", "column"]),
-        (["start", "agents.run", "--input", "NaN"], ["nan"]),
-        (["start", "agents.run", "--input", "[" * 100_000], ["nested too deeply"]),
-        (["start", "agents.run", "--input", "[" * 200 + "]" * 200], ["input", "100 levels"]),
-        (["start", "agents.run", "--input", r'{"a": "\u0000"}'], ["input.a", "NUL"]),
-        (["start", "agents.run", "--input", r'["\ud800"]'], ["input[0]", "surrogate"]),
-        (["start", "agents.run", "--input", '"' + "x" * 10**7 + '"'], ["input", "BEATLESS_MAX"]),
-        (["start", "agents.run", "--run-id", "'; DROP TABLE runs; --"], ["run_id is"]),
-        (["start", "agents.run", "--run-id", "x\r\nid: 9\r\n\r\n"], ["run_id is"]),
-        (["start", "agents.run", "--input", "@nowhere"], ["nowhere"]),
-        (["start", "agents.run", "--run-id", "a b"], ["run_id"]),
-        (["start", "agents.run", "--queue", "a b"], ["queue"]),
-        (["start", "agents.run", "--key", ""], ["key"]),
-        (["start", "agents.run", "--key", "\udcff"], ["UTF-8"]),
-        (["start", "agents.run", "--delay", "5x"], ["5x", "30s"]),
-        (["start", "agents.run", "--delay", "5s", "--at", "2030-01-01"], ["delay"]),
-        (["start", "agents.run", "--at", "soon"], ["soon"]),
-        (["start", "agents.run", "--tag", "x"], ["'x'"]),
-        (["start", "agents.run", "--priority", "10"], ["10"]),
-        (["show", "nobody"], ["nobody"]),
-        (["events", "nobody"], ["nobody"]),
-        (["events", "nobody", "--follow"], ["nobody"]),
-        (["cancel", "nobody"], ["nobody"]),
-        (["verify", "nobody"], ["nobody"]),
-        (["verify"], ["--all"]),
-        (["runs", "--state", "asleep"], ["asleep"]),
-        (["runs", "--app", "plans"], ["module:attribute"]),
-        (["runs", "--app", "no.such.module:app"], ["no.such.module"]),
-        (["runs", "--app", "json:nothing"], ["nothing"]),
-        (["runs", "--app", "json:dumps"], ["not an App"]),
-        (["nonsense"], ["nonsense"]),
-    ],
-)
-def test_bad_input_is_one_line_and_status_2(
-    command: Beatless, arguments: list[str], words: list[str]
-) -> None:
-    refused(command(*arguments), 2, *words)
+BAD_INPUT = [
+    (["start", "nosuch"], ["'nosuch'", "agents.run"]),
+    (["start", "it's"], ['"it\'s"', "agents.run"]),
+    (["start"], ["PLAN", "beatless start --help"]),
+    (["start", "agents.run", "--bogus"], ["--bogus"]),
+    (["start", "agents.run", "--input", '{"a":'], ["not JSON", "column"]),
+    (["start", "agents.run", "--input", "NaN"], ["nan"]),
+    (["start", "agents.run", "--input", "[" * 100_000], ["nested too deeply"]),
+    (["start", "agents.run", "--input", "[" * 200 + "]" * 200], ["input", "100 levels"]),
+    (["start", "agents.run", "--input", r'{"a": "\u0000"}'], ["input.a", "NUL"]),
+    (["start", "agents.run", "--input", r'["\ud800"]'], ["input[0]", "surrogate"]),
+    (["start", "agents.run", "--input", '"' + "x" * 10**7 + '"'], ["input", "BEATLESS_MAX"]),
+    (["start", "agents.run", "--run-id", "'; DROP TABLE runs; --"], ["run_id is"]),
+    (["start", "agents.run", "--run-id", "x\r\nid: 9\r\n\r\n"], ["run_id is"]),
+    (["start", "agents.run", "--input", "@nowhere"], ["nowhere"]),
+    (["start", "agents.run", "--run-id", "a b"], ["run_id"]),
+    (["start", "agents.run", "--queue", "a b"], ["queue"]),
+    (["start", "agents.run", "--key", ""], ["key"]),
+    (["start", "agents.run", "--key", "\udcff"], ["UTF-8"]),
+    (["start", "agents.run", "--delay", "5x"], ["5x", "30s"]),
+    (["start", "agents.run", "--delay", "5s", "--at", "2030-01-01"], ["delay"]),
+    (["start", "agents.run", "--at", "soon"], ["soon"]),
+    (["start", "agents.run", "--tag", "x"], ["'x'"]),
+    (["start", "agents.run", "--priority", "10"], ["10"]),
+    (["show", "nobody"], ["nobody"]),
+    (["events", "nobody"], ["nobody"]),
+    (["events", "nobody", "--follow"], ["nobody"]),
+    (["cancel", "nobody"], ["nobody"]),
+    (["verify", "nobody"], ["nobody"]),
+    (["verify"], ["--all"]),
+    (["runs", "--state", "asleep"], ["asleep"]),
+    (["runs", "--app", "plans"], ["module:attribute"]),
+    (["runs", "--app", "no.such.module:app"], ["no.such.module"]),
+    (["runs", "--app", "json:nothing"], ["nothing"]),
+    (["runs", "--app", "json:dumps"], ["not an App"]),
+    (["nonsense"], ["nonsense"]),
+]
+"""Arguments of the command, and words of what it says."""
+
+
+def test_bad_input_is_one_line_and_status_2(command: Beatless, subtests: pytest.Subtests) -> None:
+    for number, (arguments, words) in enumerate(BAD_INPUT):
+        with subtests.test(number=number, words=words):
+            refused(command(*arguments), 2, *words)
 
 
 def test_an_id_used_twice_with_other_content_is_refused(command: Beatless) -> None:
@@ -309,9 +309,12 @@ def test_migrate_says_where_the_schema_is(command: Beatless, beatless_app: App) 
     assert f'CREATE SCHEMA IF NOT EXISTS "{schema}"' in command("migrate", "--sql").out
 
 
-@pytest.mark.parametrize("since", ["9999", "head", "1", "0001:0002", "", "-1"])
-def test_sql_since_a_revision_that_there_is_not_is_refused(command: Beatless, since: str) -> None:
-    refused(command("migrate", "--sql", "--since", since), 2, "--since", "0001, 0002")
+def test_sql_since_a_revision_that_there_is_not_is_refused(
+    command: Beatless, subtests: pytest.Subtests
+) -> None:
+    for since in ("9999", "head", "1", "0001:0002", "", "-1"):
+        with subtests.test(repr(since)):
+            refused(command("migrate", "--sql", "--since", since), 2, "--since", "0001, 0002")
 
 
 def test_migrate_check_fails_on_an_empty_schema(

@@ -28,21 +28,16 @@ def returned(connection: psycopg.Connection, kind: str, values: list[Any]) -> li
     return found
 
 
-@pytest.mark.parametrize(
-    ("kind", "values"),
-    [
+def test_values_arrive_as_they_are(connection: psycopg.Connection) -> None:
+    lists: list[tuple[str, list[Any]]] = [
         ("text", HOSTILE),
         ("text", [None, *HOSTILE, None]),
         ("bool", [True, False, None]),
         ("bigint", [0, -1, LARGEST, -LARGEST - 1, None]),
         ("float8", [0.1, 1e300, -2.5e-9, float("inf"), None]),
         ("text", []),
-    ],
-)
-def test_values_arrive_as_they_are(
-    connection: psycopg.Connection, kind: str, values: list[Any]
-) -> None:
-    assert returned(connection, kind, values) == values
+    ]
+    assert [returned(connection, *each) for each in lists] == [values for _, values in lists]
 
 
 @settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -625,31 +625,33 @@ def test_a_retry_takes_over_the_dedupe_key_if_it_is_free(beatless: Kit) -> None:
 # Refusals
 
 
-@pytest.mark.parametrize(
-    ("options", "field", "problem"),
-    [
-        ({"while_unfinished": "join"}, "while_unfinished", "needs a dedupe_key"),
-        ({"debounce": 5}, "debounce", "needs a dedupe_key"),
-        ({"dedupe_key": "k", "max_wait": 5}, "max_wait", "needs debounce"),
-        ({"dedupe_key": "k", "debounce": 5, "max_wait": 4}, "max_wait", "is shorter"),
-        ({"dedupe_key": "k", "debounce": 5, "key": "k"}, "key", "cannot both"),
-        ({"dedupe_key": "k", "debounce": 5, "delay": 1}, "delay", "cannot both"),
-        ({"dedupe_key": "k", "debounce": 5, "while_unfinished": "join"}, "while_unf", "cannot"),
-        ({"dedupe_key": "k", "debounce": 0}, "debounce", "is 0 seconds"),
-        ({"dedupe_key": "k", "debounce": "5"}, "debounce", "give seconds"),
-        ({"dedupe_key": "k", "debounce": 5, "deadline": 5}, "deadline", "before the run may start"),
-        ({"dedupe_key": "k", "while_unfinished": "drop"}, "while_unfinished", "choose join, skip"),
-        ({"dedupe_key": "k", "while_unfinished": ["join"]}, "while_unfinished", "choose join"),
-        ({"dedupe_key": ""}, "dedupe_key", "1 to 256 characters"),
-        ({"dedupe_key": "a\0"}, "dedupe_key", "1 to 256 characters"),
-    ],
-)
+REFUSED: list[tuple[dict[str, Any], str, str]] = [
+    ({"while_unfinished": "join"}, "while_unfinished", "needs a dedupe_key"),
+    ({"debounce": 5}, "debounce", "needs a dedupe_key"),
+    ({"dedupe_key": "k", "max_wait": 5}, "max_wait", "needs debounce"),
+    ({"dedupe_key": "k", "debounce": 5, "max_wait": 4}, "max_wait", "is shorter"),
+    ({"dedupe_key": "k", "debounce": 5, "key": "k"}, "key", "cannot both"),
+    ({"dedupe_key": "k", "debounce": 5, "delay": 1}, "delay", "cannot both"),
+    ({"dedupe_key": "k", "debounce": 5, "while_unfinished": "join"}, "while_unf", "cannot"),
+    ({"dedupe_key": "k", "debounce": 0}, "debounce", "is 0 seconds"),
+    ({"dedupe_key": "k", "debounce": "5"}, "debounce", "give seconds"),
+    ({"dedupe_key": "k", "debounce": 5, "deadline": 5}, "deadline", "before the run may start"),
+    ({"dedupe_key": "k", "while_unfinished": "drop"}, "while_unfinished", "choose join, skip"),
+    ({"dedupe_key": "k", "while_unfinished": ["join"]}, "while_unfinished", "choose join"),
+    ({"dedupe_key": ""}, "dedupe_key", "1 to 256 characters"),
+    ({"dedupe_key": "a\0"}, "dedupe_key", "1 to 256 characters"),
+]
+"""Options, the field that is named, and the problem with it."""
+
+
 def test_options_that_do_not_go_together_are_refused_by_name(
-    beatless: Kit, options: dict[str, Any], field: str, problem: str
+    beatless: Kit, subtests: pytest.Subtests
 ) -> None:
-    with pytest.raises(BadRequest, match=problem) as refused:
-        beatless.client.start_run("sync", **options)
-    assert refused.value.field.startswith(field)
+    for options, field, problem in REFUSED:
+        with subtests.test(str(options)):
+            with pytest.raises(BadRequest, match=problem) as refused:
+                beatless.client.start_run("sync", **options)
+            assert refused.value.field.startswith(field)
     assert beatless.client.list_runs() == []
 
 

@@ -163,16 +163,22 @@ def test_of_many_signals_none_is_sent_if_one_cannot_be(beatless: Kit) -> None:
     beatless.verify()
 
 
-@pytest.mark.parametrize(
-    ("name", "key", "data"),
-    [("", None, None), ("a b", None, None), (7, None, None), ("a", "", None), ("a", None, {1})],
-)
-def test_a_bad_signal_is_refused_with_the_member(
-    beatless: Kit, name: Any, key: Any, data: Any
-) -> None:
+def test_a_bad_signal_is_refused_with_the_member(beatless: Kit, subtests: pytest.Subtests) -> None:
     run = beatless.start_run("endless")
-    with pytest.raises((BadRequest, BadPayload), match=r"^(name|key|the signal's data)"):
-        beatless.signal(run.run_id, name, data, key=key)
+    signals: list[tuple[Any, Any, Any]] = [
+        ("", None, None),
+        ("a b", None, None),
+        (7, None, None),
+        ("a", "", None),
+        ("a", None, {1}),
+    ]
+    told = r"^(name|key|the signal's data)"
+    for name, key, data in signals:
+        with (
+            subtests.test(repr((name, key, data))),
+            pytest.raises((BadRequest, BadPayload), match=told),
+        ):
+            beatless.signal(run.run_id, name, data, key=key)
 
 
 def test_a_signal_to_a_run_whose_worker_dies_gets_its_place_with_a_claim(beatless: Kit) -> None:

@@ -818,12 +818,14 @@ def test_an_honest_history_has_no_violation() -> None:
     assert check(honest()) == []
 
 
-@pytest.mark.parametrize("lie", LIES)
-def test_a_lie_is_found(lie: str) -> None:
-    invariant, tell = LIES[lie]
-    records = copy.deepcopy(honest())
-    tell(records)
-    assert invariant in {violation.invariant for violation in check(records)}
+def test_a_lie_is_found() -> None:
+    believed = []
+    for lie, (invariant, tell) in LIES.items():
+        records = copy.deepcopy(honest())
+        tell(records)
+        if invariant not in {violation.invariant for violation in check(records)}:
+            believed.append(lie)
+    assert believed == []
 
 
 def test_leases_may_run_out_on_a_slow_machine_where_others_are_renewed() -> None:

@@ -433,9 +433,9 @@ def problems(expression: str) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("expression", [text for _, text in EXPRESSIONS])
-def test_alerts_and_panels_read_metrics_that_exist(expression: str) -> None:
-    assert problems(expression) == []
+def test_alerts_and_panels_read_metrics_that_exist() -> None:
+    found = {text: problems(text) for _, text in EXPRESSIONS}
+    assert {text: what for text, what in found.items() if what} == {}
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import linecache
 import traceback
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -107,26 +108,30 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any], str]] = {
 }
 
 
-@pytest.mark.parametrize("given", OTHERS.values(), ids=OTHERS)
-@pytest.mark.parametrize(
-    ("name", "argument"),
-    [(name, each) for name, (_, _, arguments) in CALLS.items() for each in arguments.split()],
-)
-def test_an_argument_of_a_wrong_type_is_refused_by_beatless_itself(
-    name: str, argument: str, given: object
-) -> None:
-    call, rest, _ = CALLS[name]
-    raised = None
+@pytest.mark.parametrize("name", CALLS)
+def test_an_argument_of_a_wrong_type_is_refused_by_beatless_itself(name: str) -> None:
+    call, rest, arguments = CALLS[name]
+    found = {
+        f"{argument} is {kind}": refused_elsewhere(partial(call, **{**rest, argument: given}))
+        for argument in arguments.split()
+        for kind, given in OTHERS.items()
+    }
+    assert {case: where for case, where in found.items() if where} == {}
+
+
+def refused_elsewhere(act: Callable[[], object]) -> str:
+    """The error that is none of ours, or not raised by our code; "" if there is none."""
     try:
-        call(**{**rest, argument: given})
+        act()
     except Exception as error:
-        raised = error
-    if raised is not None:
-        assert isinstance(raised, (TypeError, ValueError, beatless.JobsError)), repr(raised)
-        last = traceback.extract_tb(raised.__traceback__)[-1]
+        last = traceback.extract_tb(error.__traceback__)[-1]
         line = linecache.getline(last.filename, last.lineno or 0).strip()
-        assert PACKAGE in Path(last.filename).resolve().parents, raised
-        assert line.startswith("raise"), f"{raised!r} of: {line}"
+        ours = isinstance(error, (TypeError, ValueError, beatless.JobsError))
+        if not (
+            ours and PACKAGE in Path(last.filename).resolve().parents and line.startswith("raise")
+        ):
+            return f"{error!r} of: {line}"
+    return ""
 
 
 @pytest.mark.parametrize(
@@ -166,8 +171,6 @@ def test_a_list_of_plans_may_be_anything_that_gives_them() -> None:
 
 
 def test_a_task_of_celery_is_no_step_by_a_partial_or_a_name_either() -> None:
-    from functools import partial
-
     for given in (partial(send_mail, 7), partial(partial(send_mail))):
         with pytest.raises(PlanError, match=r"Plan\.task\(send_mail\)"):
             step(name="mail")(given)
