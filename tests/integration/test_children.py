@@ -574,6 +574,7 @@ CRASHES = [
 ]
 
 
+@pytest.mark.slow
 def test_no_crash_starts_a_child_twice_or_loses_one(
     beatless: Kit, subtests: pytest.Subtests
 ) -> None:

@@ -263,6 +263,7 @@ def test_a_client_without_its_schema_says_what_to_do(
     app.close()
 
 
+@pytest.mark.slow
 def test_two_schemas_in_one_database_do_not_see_each_other(
     beatless: Kit, beatless_app: App, schema: str
 ) -> None:

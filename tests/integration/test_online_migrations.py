@@ -372,6 +372,7 @@ def test_what_older_code_needs_stays_until_somebody_says_that_none_runs(
         looking.execute("SELECT worker FROM runs")
 
 
+@pytest.mark.slow
 def test_every_later_revision_can_be_repeated_and_blocks_nobody_for_long() -> None:
     """What `docs/migrations.md` asks of authors, as far as a text can show it."""
     for file in sorted(VERSIONS.glob("*.sql"))[1:]:

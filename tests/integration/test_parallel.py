@@ -92,8 +92,11 @@ def test_branches_go_on_beside_one_another(beatless: Kit, name: str) -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        *("fans_out", "waits_in_a_branch", "children_in_branches"),
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("in_branches", "threads")),
+        "waits_in_a_branch",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("fans_out", "children_in_branches", "in_branches", "threads")
+        ),
     ],
 )
 def test_no_crash_begins_a_body_again_after_its_commit(

@@ -297,6 +297,7 @@ def admitted(description: str) -> set[str]:
     return LONG & set(re.findall(r"\w+", rest.partition(".")[0]))
 
 
+@pytest.mark.slow
 def test_statements_find_their_rows_by_an_index_or_say_which_tables_they_read_in_whole(
     beatless_app: App, long_tables: psycopg.Connection
 ) -> None:

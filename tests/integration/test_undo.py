@@ -576,7 +576,7 @@ CRASHES = [
 ]
 
 
-@pytest.mark.parametrize("name", ["order", "pays"])
+@pytest.mark.parametrize("name", ["order", pytest.param("pays", marks=pytest.mark.slow)])
 def test_no_crash_keeps_a_step_from_being_undone(
     beatless: Kit, subtests: pytest.Subtests, name: str
 ) -> None:
