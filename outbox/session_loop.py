@@ -238,6 +238,7 @@ class SessionLoop:
             # The locks are asked for one after another: behind a shard whose lock a caller's open
             # transaction holds, the writers of the others are still silent. So look now and then.
             self._wait(min(self._patience(), DROWSY_POLL_S))
+            self._look_at_neighbours()
             self._run_watchdog()
 
     def _is_busy(self, moved: int) -> bool:

@@ -17,7 +17,7 @@ from beatless.client import RunRequest
 from beatless.outbox.backoff import Backoff
 from beatless.outbox.config import RelayConfig
 from beatless.outbox.direct_connection import DirectConnection
-from beatless.outbox.doorbell import Sessions
+from beatless.outbox.doorbell import Sessions, State
 from beatless.outbox.drain import Drain
 from beatless.outbox.errors import (
     DirectConnectionRequired,
@@ -955,6 +955,26 @@ def test_a_relay_awaits_the_lock_of_another_again_when_the_load_is_over(
     busy._count(1)
     busy._look_at_neighbours()
     assert busy.sessions._watching == watched
+
+
+def test_a_relay_that_cannot_fall_asleep_after_a_load_awaits_the_lock_of_another_too(
+    beatless: Kit,
+    beatless_app: App,
+    five: list[SessionLoop],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What it is to do at once would keep it from waiting at all."""
+    busy, *_ = five
+    watched = busy.sessions._watching
+    busy._count(BURST_MESSAGES + 1)
+    monkeypatch.setattr("beatless.outbox.session_loop.LOAD_S", 0.0)
+    busy._count(1)
+    with beatless_app.engine.begin() as caller:  # who rings the bell of this shard until the commit
+        run_id = in_shard(busy.shards.owned[0], "held")
+        beatless.start_run("two_steps", run_id=run_id, connection=caller)
+        busy.sessions.doze(busy.shards.owned)
+        until(lambda: busy._fall_asleep() or busy.sessions._watching == watched)
+        assert busy.sessions.state is State.DROWSY
 
 
 def test_a_shard_that_nobody_leads_is_found_by_those_who_may_not_lead_it(
