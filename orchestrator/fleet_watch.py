@@ -9,6 +9,7 @@ import logging
 import re
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 
 import psycopg
@@ -173,6 +174,9 @@ class FleetWatch:
         """Do what is due; False if the session was lost, and is opened again a little later."""
         try:
             self._step()
+        except pg_errors.QueryCanceled:  # meant for a wait that had just ended: nothing is lost
+            self._look_at = monotonic() + RECHECK_S
+            return True
         except psycopg.Error as error:
             self.close()
             self._failures += 1
@@ -235,8 +239,8 @@ class FleetWatch:
         here = set(members.values()) - {self._worker}
         now = monotonic()
         if self._ends_waits:
-            self._ends_waits = False
             connection.execute(self._sql["end_waits"].encode())
+            self._ends_waits = False
         written, seconds = next_xid - self._next_xid, now - self._read_at
         is_busy = now < self._load_until or (seconds > 0 and written > BUSY_XIDS_PER_S * seconds)
         self._next_xid, self._read_at = next_xid, now
@@ -322,10 +326,12 @@ class FleetWatch:
             granted = cancel(connection)
         else:
             granted = finish(connection, ignore=pg_errors.QueryCanceled)
-        if granted:
-            _granted(connection, self._sql["give_number"], number)
-        elif not was_busy:  # a relay has ended it
+        if not granted and not was_busy:  # a relay has ended it
             self._load_until = monotonic() + LOAD_S
+        while granted:  # the number of a dead worker stays nobody's, whatever cancels this
+            with suppress(pg_errors.QueryCanceled):
+                _granted(connection, self._sql["give_number"], number)
+                granted = False
 
     def _members(self, connection: DirectConnection) -> tuple[dict[int, str], int]:
         """What names the worker of each number; and the next transaction id."""

@@ -15,7 +15,14 @@ from beatless.local.child import Child
 from beatless.local.processes import children_of
 from beatless.orchestrator import fleet_watch
 from beatless.orchestrator.events import EventType, NewEvent
-from beatless.orchestrator.fleet_watch import BUSY_RECHECK_S, KEEPER, PROOF_S, WORKER, FleetWatch
+from beatless.orchestrator.fleet_watch import (
+    BUSY_RECHECK_S,
+    KEEPER,
+    PROOF_S,
+    RECHECK_S,
+    WORKER,
+    FleetWatch,
+)
 from beatless.orchestrator.lease import Lease
 from beatless.orchestrator.observer import LeasesEnded
 from beatless.orchestrator.progress import GIVEN_BACK, SUSPECT
@@ -476,6 +483,34 @@ def test_a_relay_with_much_to_do_ends_the_waits_of_the_others(
     dying.close()
     fleet.run(60)
     assert due(beatless, connection, lease)
+
+
+def test_a_cancel_that_comes_when_the_wait_has_ended_costs_a_watch_nothing(
+    beatless: Kit,
+    fleet: Fleet,
+    connection: psycopg.Connection[Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Two relays may have seen the same wait."""
+    name = fleet.name()
+    dying, keeper = fleet.watch(name), fleet.watch(fleet.name())
+    number_of_sessions = len(fleet.sessions)
+
+    def cancelled(_: Any) -> Any:
+        raise psycopg.errors.QueryCanceled
+
+    with monkeypatch.context() as patch:
+        patch.setattr(keeper, "_members", cancelled)
+        keeper.look_soon()
+        assert keeper.once()
+    assert 0 < keeper.patience() <= RECHECK_S
+
+    lease = claim(beatless, connection, name)
+    fleet.watches.remove(dying)
+    dying.close()
+    fleet.run(60)
+    assert due(beatless, connection, lease)
+    assert len(fleet.sessions) == number_of_sessions
 
 
 def test_a_keeper_that_comes_amid_a_burst_waits_for_nothing(
