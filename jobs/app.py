@@ -388,7 +388,7 @@ class App:
             self.settings,
             f"{session_name('relay')} {process_name()}",
             DirectConnection,
-            prepare_threshold=0,  # nearly all of its statements are repeated
+            prepare_threshold=1,  # nearly all of its statements are repeated
         )
 
     def _fleet_watch(self) -> "partial[FleetWatch] | None":

@@ -25,6 +25,11 @@ from beatless.outbox.threads import LastingThread
 
 logger = logging.getLogger(__name__)
 
+PREPARED_AT_ONCE = 0
+"""The `prepare_threshold` of a session that is proven to be the relay's own.
+
+Behind a pooler a first statement that is prepared would fail by its name, in the place of the proof."""
+
 
 class Relay:
     """Moves committed messages to their publishers, on any number of machines at once.
@@ -79,6 +84,7 @@ class Relay:
                     self._config.queries, self._config.connect, self._pass_on
                 ) as sessions:
                     sessions.prove_listening()
+                    sessions.work.prepare_threshold = PREPARED_AT_ONCE
                     proven = True
                     self._chores.start()
                     for companion in self._config.companions:
@@ -124,6 +130,7 @@ class Relay:
                 except BaseException:
                     connection.close()
                     raise
+                connection.prepare_threshold = PREPARED_AT_ONCE
                 drain = Drain(connection, self._config, on_result=self._alarm.ring)
                 self._once = (connection, drain)
             drain = self._once[1]
