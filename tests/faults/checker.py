@@ -86,8 +86,9 @@ def attempts_are_counted(history: History) -> Iterator[Violation]:
     for run_id, run, events in history.each_run():
         retries = history.plan(run).get("retries", {})
         tries: dict[str, Tries] = defaultdict(Tries)  # of steps that may be in flight at once
-        # By a deadline a retry comes sooner; that of a run which is undone then is not stored.
-        undone = max((event["seq"] for event in of_type(events, "UndoStarted")), default=0)
+        # By a deadline a retry comes sooner; the end of a run that is undone then takes it away.
+        undone = of_type(events, "UndoStarted")
+        capped = max((e["seq"] for e in undone if "deadline_at" in (e["data"] or {})), default=0)
         for event in events:
             step, number, data = event["step"], event["attempt"], event["data"] or {}
             if event["type"] == "StepStarted":
@@ -110,7 +111,7 @@ def attempts_are_counted(history: History) -> Iterator[Violation]:
                     yield Violation("I10", run_id, f"{step} is tried again after {tried.failures}")
                 elif mine and not again and tried.failures < most and run["state"] == "failed":
                     yield Violation("I10", run_id, f"{step} is given up after {tried.failures}")
-                elif again and mine and not run["deadline_at"] and event["seq"] >= undone:
+                elif again and mine and not run["deadline_at"] and event["seq"] >= capped:
                     tried.due = again - 0.01
                     # The event is later: a statement may be held up between two looks.
                     wrote = history.written.get((run_id, event["seq"]), 0.0)

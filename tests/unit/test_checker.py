@@ -759,6 +759,8 @@ def test_the_deadline_of_a_run_that_is_undone_then_hastens_a_retry() -> None:
     LIES["a retry that is due too early"][1](records)
     assert "delay" in {violation.invariant for violation in check(records)}
     records.append(event("f", 20, "UndoStarted"))
+    assert "delay" in {violation.invariant for violation in check(records)}
+    records[-1]["data"] = {"deadline_at": 107_450}
     assert "delay" not in {violation.invariant for violation in check(records)}
 
 
