@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 PREPARED_AT_ONCE = 0
 """The `prepare_threshold` of a session that is proven to be the relay's own.
 
-Behind a pooler a first statement that is prepared would fail by its name, in the place of the proof."""
+Behind a pooler a first statement that is prepared would fail by its name, and prove nothing."""
 
 
 class Relay:

@@ -206,29 +206,24 @@ class LeakDetector:
     def heard(self) -> set[str]:
         """The channels that something was published on since the last call.
 
-        None if that was more than the server keeps for who does not read: then it ends the
-        connection, and nobody is accused.
+        As far as Redis has kept it: it ends the connection of who has too much to read.
         """
-        try:
-            return self._read()
-        except redis.ConnectionError:
-            self._ear.close()
-            self._ear = self._listening()
-            return set()
-
-    def _read(self) -> set[str]:
         # Numbered: patterns overlap for some names of workers, and then it is heard twice.
         end, number = f"{self._name.prefix(0)}:end", str(next(self._ends)).encode()
         self._stores.events.publish(end, number)
         channels = set()
-        while message := self._ear.get_message(timeout=HEAR_TIMEOUT_S):
-            if message["type"] != "pmessage":
-                continue
-            channel = message["channel"].decode()
-            if channel != end:
-                channels.add(channel)
-            elif message["data"] == number:
-                break
+        try:
+            while message := self._ear.get_message(timeout=HEAR_TIMEOUT_S):
+                if message["type"] != "pmessage":
+                    continue
+                channel = message["channel"].decode()
+                if channel != end:
+                    channels.add(channel)
+                elif message["data"] == number:
+                    break
+        except redis.ConnectionError:
+            self._ear.close()
+            self._ear = self._listening()
         return channels
 
     def close(self) -> None:

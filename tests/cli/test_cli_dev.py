@@ -112,7 +112,6 @@ def dev(tmp_path: Path) -> Iterator[Callable[..., Dev]]:
         one.stop()
 
 
-@pytest.mark.slow
 def test_dev_from_start_to_end(dev: Callable[..., Dev], tmp_path: Path) -> None:
     (tmp_path / "beatless.env").touch(0o644)
     stack = dev("--ephemeral", "--workers", "2", "--pool", "threads", "--env-file", "beatless.env")
