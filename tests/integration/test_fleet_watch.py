@@ -513,6 +513,30 @@ def test_a_cancel_that_comes_when_the_wait_has_ended_costs_a_watch_nothing(
     assert len(fleet.sessions) == number_of_sessions
 
 
+def test_the_number_of_a_dead_worker_is_given_back_though_that_is_cancelled_once(
+    fleet: Fleet, connection: psycopg.Connection[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dying, keeper = fleet.watch(fleet.name()), fleet.watch(fleet.name())
+    granted, cancels = fleet_watch._granted, [psycopg.errors.QueryCanceled()]
+
+    def cancelled_once(*arguments: Any) -> bool:
+        if cancels:
+            raise cancels.pop()
+        return granted(*arguments)
+
+    monkeypatch.setattr(fleet_watch, "_granted", cancelled_once)
+    fleet.watches.remove(dying)
+    dying.close()
+    assert readable(keeper.descriptors(), 60)
+    keeper.once()
+    assert cancels == []
+    row = connection.execute(
+        "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND granted AND pid = %s",
+        [fleet.sessions[1].info.backend_pid],
+    ).fetchone()
+    assert row == (1,)
+
+
 def test_a_keeper_that_comes_amid_a_burst_waits_for_nothing(
     fleet: Fleet, connection: psycopg.Connection[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
